@@ -1,0 +1,222 @@
+"""The one way to declare, read and override a configuration.
+
+A config class sits beside the class it configures::
+
+    @config
+    class ViewsConfig:
+        full_size: PositiveInt = 128
+        \"\"\"Side of the square full view, pixels.\"\"\"
+
+YAML files, `key=value` on the command line and sweep spaces all speak the same dotted keys.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, TypeAdapter
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """What the user asked for is wrong; the message names the dotted key and how to mend it."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(pydantic.Field, dataclasses.field))
+def config(cls: type[T]) -> type[T]:
+    """Make `cls` a configuration: frozen, keyword-only, unknown keys refused, `True` is not 1, no NaN or infinity."""
+    settings = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+    return pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, slots=True, config=settings)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-3` is a number (PyYAML follows YAML 1.1, where it is a string); a key twice is refused."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.[\d_]+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    repeated = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+    if repeated is not None:
+        raise ConfigError(f"key {repeated!r} is given twice{str(node.start_mark).replace(chr(10), ' ')}")
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """Parse YAML from `text`; `source` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML file whose top level is a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    data = parse_yaml(text, source=str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top level")
+    return data
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`["a.b=1", "c=[x, y]"]` → `{"a.b": 1, "c": ["x", "y"]}`; values are YAML."""
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", key):
+            raise ConfigError(f"{argument!r}: expected key=value with a dotted key, as in objective.temperature=0.1")
+        if key in overrides:
+            raise ConfigError(f"{key}: given twice on the command line")
+        overrides[key] = parse_yaml(value, source=key)
+    return overrides
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of nested `data` with dotted `overrides` set.
+
+    Choosing another `kind` replaces its whole block: the old kind's keys would be unknown to the new one.
+    """
+    result = json.loads(json.dumps(data))
+    for key, value in sorted(overrides.items(), key=lambda item: not item[0].endswith(".kind")):
+        *parents, leaf = key.split(".")
+        block = result
+        for depth, parent in enumerate(parents):
+            block = block.setdefault(parent, {})
+            if not isinstance(block, dict):
+                raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is a value, not a group of keys")
+        if leaf == "kind" and block.get("kind") != value:
+            block.clear()
+        block[leaf] = value
+    return result
+
+
+def build(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Validate nested `data` as `cls`.
+
+    Raises:
+        ConfigError: one sentence for the first fault, with the full dotted key and the nearest valid key.
+    """
+    try:
+        # Through JSON, because strict validation takes a list for a tuple only there.
+        return TypeAdapter(cls).validate_json(json.dumps(data))
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(cls, error)) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def _explain(cls: type, error: pydantic.ValidationError) -> str:
+    faults = error.errors(include_url=False)
+    fault = next((f for f in faults if f["type"] in ("unexpected_keyword_argument", "extra_forbidden")), faults[0])
+    known = valid_keys(cls)
+    # pydantic puts a union's tag into the location; it is not part of the dotted key.
+    kinds = {tag for tags in _union_tags(cls) for tag in tags}
+    names = [str(part) for i, part in enumerate(fault["loc"]) if not (part in kinds and i < len(fault["loc"]) - 1)]
+    key = ".".join(names) or "config"
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        same_leaf = [k for k in known if k.rpartition(".")[2] == names[-1]]
+        best = (same_leaf or close or [None])[0]
+        return f"unknown key {key}" + (f"; did you mean {best}?" if best else f"; known keys: {', '.join(known)}")
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    given = "" if fault["type"] in ("missing", "value_error") else f" (given: {fault.get('input')!r})"
+    return f"{key}: {message[0].lower() + message[1:]}{given}"
+
+
+def _blocks(annotation: Any) -> Iterator[type]:
+    """The config classes within a field's annotation, through unions, Optional and Annotated."""
+    if dataclasses.is_dataclass(annotation):
+        yield typing.cast(type, annotation)
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        for inner in typing.get_args(annotation):
+            yield from _blocks(inner)
+
+
+def _union_tags(cls: type) -> Iterator[list[str]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        for block in _blocks(hints[field.name]):
+            yield list(typing.get_args(typing.get_type_hints(block).get("kind", None)))
+            yield from _union_tags(block)
+
+
+def valid_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key that a `cls` understands, those of all kinds included."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    keys: list[str] = []
+    for field in dataclasses.fields(cls):
+        key = prefix + field.name
+        nested = [k for block in _blocks(hints[field.name]) for k in valid_keys(block, key + ".")]
+        keys += nested or [key]
+    return list(dict.fromkeys(keys))
+
+
+def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """`(dotted key, default, help)` of every key of `cls`; the help is the field's docstring."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    rows: list[tuple[str, str, str]] = []
+    for field in dataclasses.fields(cls):
+        blocks = list(_blocks(hints[field.name]))
+        if blocks:
+            rows += [row for block in blocks for row in describe(block, prefix + field.name + ".")]
+            continue
+        info = cls.__pydantic_fields__[field.name]  # type: ignore[attr-defined]
+        default = "required" if info.is_required() else json.dumps(to_dict(info.get_default(call_default_factory=True)))
+        rows.append((prefix + field.name, default, " ".join((info.description or "").split())))
+    return list(dict.fromkeys(rows))
+
+
+def to_dict(value: Any) -> Any:
+    """A config as plain nested dicts and lists, as it would stand in YAML."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A config as one level of dotted keys; what a tracker shows as parameters."""
+    nested = to_dict(value)
+    if not isinstance(nested, dict):
+        return {prefix.rstrip("."): nested}
+    return {k: v for name, item in nested.items() for k, v in flatten(item, f"{prefix}{name}.").items()}
+
+
+def to_yaml(value: Any) -> str:
+    """A config as the YAML text from which `build` makes it again."""
+    return yaml.safe_dump(to_dict(value), sort_keys=False, default_flow_style=None, width=120)
+
+
+def config_hash(value: Any) -> str:
+    """SHA-256 (hex) of the resolved config; independent of the order of keys."""
+    return hashlib.sha256(json.dumps(to_dict(value), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""The few data types that flow: shard → batch → views → pyramid → loss → metric → run.
+
+B images, K crops an image, C channels. Boxes are `xyxy` in pixels, half-open, x to the right and y down.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageBatch:
+    """Decoded images of one rank's share of one global batch."""
+
+    images: Tensor  # uint8 (B, 3, H, W), RGB; each image stands at the top left of its canvas, the rest is zero
+    content_hw: Tensor  # int64 (B, 2): height and width of the image on the canvas, pixels
+    source_hw: Tensor  # int64 (B, 2): height and width as stored, before any resize to `decode_size`
+    image_ids: tuple[str, ...]
+    positions: Tensor  # int64 (B,): place in the epoch's global order
+    valid: Tensor  # bool (B,): False where the row did not decode or is padding; such a row counts nowhere
+    epoch: int
+
+    def to(self, device: Any, *, non_blocking: bool = True) -> "ImageBatch":
+        """The same batch with its tensors on `device`."""
+        names = ("images", "content_hw", "source_hw", "positions", "valid")
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CropGeometry:
+    """Where each crop lies in its image's full view, after all flips."""
+
+    box_xyxy: Tensor  # float32 (B, K, 4): the crop's box in pixels of the full view, after the full view's flips
+    crop_flips: Tensor  # bool (B, K, 2): crop mirrored (horizontally, vertically)
+    full_flips: Tensor  # bool (B, 2): full view mirrored (horizontally, vertically)
+    full_size_hw: tuple[int, int]  # pixels
+    crop_size_hw: tuple[int, int]  # pixels
+
+    @property
+    def center_xy(self) -> Tensor:
+        """float32 (B, K, 2): the crop's centre in pixels of the full view."""
+        return (self.box_xyxy[..., :2] + self.box_xyxy[..., 2:]) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Views:
+    """What an objective sees of a batch: images in [0, 1], RGB, not yet normalised."""
+
+    full: Tensor  # float32 (B, 3, h, w)
+    crops: Tensor  # float32 (B, K, 3, h', w')
+    geometry: CropGeometry
+    valid: Tensor  # bool (B,)
+    positions: Tensor  # int64 (B,)
+    epoch: int
+
+
+FeaturePyramid = dict[str, Tensor]
+"""Level name → (B, C, H/stride, W/stride); `P3` has stride 8, `P4` 16, … `P7` 128."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What an objective returns for one rank's share of the global batch."""
+
+    loss: Tensor  # scalar float32; its gradient, averaged over ranks by DDP, is that of the global-batch mean
+    metrics: Mapping[str, Tensor]  # detached scalars; already global
