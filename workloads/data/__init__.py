@@ -1,0 +1,1 @@
+"""Images from shards to views: manifest, sample plan, reading, decoding, and views with their geometry."""

@@ -1,0 +1,130 @@
+"""Encoded bytes to pixels: right side up, RGB, straight into the batch's canvas, on a pool of threads.
+
+torchvision's operators and Pillow's decoders release the GIL: threads suffice, nothing is copied between processes.
+"""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401 - registers torch.ops.image
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Encoded: TypeAlias = bytes | memoryview | np.ndarray
+
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded; Pillow's own limit against decompression bombs, doubled as Pillow does to fail."""
+
+_RGB = 3  # torchvision.io.ImageReadMode.RGB; the module's wrappers warn at every call, its operators do not
+_DECODE_ERRORS = (RuntimeError, OSError, ValueError, SyntaxError, MemoryError, TypeError, EOFError)
+
+
+class DecodeError(Exception):
+    """These bytes are no readable image; the message says why."""
+
+
+def decode_image(encoded: Encoded) -> Tensor:
+    """One image, uint8 (3, H, W), RGB, its EXIF orientation applied.
+
+    Raises:
+        DecodeError: not an image, truncated, or absurdly large.
+    """
+    try:
+        data = bytearray(encoded)  # a copy, because torch wants writable memory; small beside the decoding
+        if data[:2] == b"\xff\xd8" or data[:4] == b"\x89PNG":
+            image = torch.ops.image.decode_image(torch.frombuffer(data, dtype=torch.uint8), _RGB, True)
+            if image.dtype == torch.uint16:
+                image = (image.to(torch.int32) >> 8).to(torch.uint8)
+            return image
+        return _decode_with_pillow(data)
+    except _DECODE_ERRORS as error:
+        raise DecodeError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _decode_with_pillow(data: bytearray) -> Tensor:
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+            # Pillow clips 16-bit grey at 255 instead of scaling it.
+            grey = np.asarray(upright).astype(np.float64)
+            scaled = grey / 257 if upright.mode.startswith("I") else grey
+            upright = Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+        return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+def decode_batch(
+    encoded: Sequence[Encoded | None], *, decode_size: int | None, pool: ThreadPoolExecutor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Decode a batch into one canvas.
+
+    With a `decode_size` s, an image whose longer side exceeds s is shrunk to it (antialiased, aspect kept; never
+    enlarged) and stands at the top left of an s×s canvas, zeros elsewhere. Without one, images keep their resolution
+    and the canvas is as large as the batch's largest height and width.
+
+    Returns:
+        images uint8 (B, 3, H, W); content_hw and source_hw int64 (B, 2), pixels; valid bool (B,), False where there
+        were no bytes or they did not decode: such a row is all zeros.
+    """
+    content = np.zeros((len(encoded), 2), dtype=np.int64)
+    source = np.zeros((len(encoded), 2), dtype=np.int64)
+    if decode_size is not None:
+        canvas = np.zeros((len(encoded), 3, decode_size, decode_size), dtype=np.uint8)
+
+        def work(i: int) -> None:
+            decoded = _try_decode(encoded[i], decode_size)
+            if decoded is not None:
+                image, source[i] = decoded
+                content[i] = image.shape[1:]
+                _place(image, canvas[i])
+
+        list(pool.map(work, range(len(encoded))))
+    else:
+        images = list(pool.map(lambda data: _try_decode(data, None), encoded))
+        for i, decoded in enumerate(images):
+            if decoded is not None:
+                source[i] = content[i] = decoded[0].shape[1:]
+        height, width = (max(1, int(side)) for side in content.max(axis=0, initial=0))
+        canvas = np.zeros((len(encoded), 3, height, width), dtype=np.uint8)
+        list(pool.map(_place, [decoded and decoded[0] for decoded in images], canvas))
+    tensors = [torch.from_numpy(array) for array in (canvas, content, source)]
+    return tensors[0], tensors[1], tensors[2], tensors[1][:, 0] > 0
+
+
+def _place(image: Tensor | None, canvas: np.ndarray) -> None:
+    if image is None:
+        return
+    # numpy copies on this thread alone; torch would wake its own pool in each of ours.
+    np.copyto(canvas[:, : image.shape[1], : image.shape[2]], image.numpy())
+
+
+def _try_decode(encoded: Encoded | None, decode_size: int | None) -> tuple[Tensor, tuple[int, int]] | None:
+    if encoded is None:
+        return None
+    try:
+        image = decode_image(encoded)
+    except DecodeError:
+        return None
+    height, width = image.shape[1:]
+    return shrink(image, decode_size), (height, width)
+
+
+def shrunk_hw(height: int, width: int, longer_side: int | None) -> tuple[int, int]:
+    """The size, pixels, at which the longer side is at most `longer_side`; never larger than it was."""
+    if longer_side is None or max(height, width) <= longer_side:
+        return height, width
+    scale = longer_side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def shrink(image: Tensor, longer_side: int | None) -> Tensor:
+    """`image` uint8 (3, H, W) with its longer side at most `longer_side` pixels, antialiased bilinear."""
+    size = shrunk_hw(image.shape[1], image.shape[2], longer_side)
+    if size == tuple(image.shape[1:]):
+        return image
+    return torch.nn.functional.interpolate(
+        image[None], size=size, mode="bilinear", align_corners=False, antialias=True
+    )[0]

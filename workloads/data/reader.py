@@ -1,0 +1,413 @@
+"""Row groups in, batches out: reading, decoding and prefetching on threads, in the sample plan's order."""
+
+import collections
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from workloads.config import config
+from workloads.data.decode import decode_batch
+from workloads.data.manifest import DataError, Dataset
+from workloads.data.sample_plan import SamplePlan
+from workloads.types import ImageBatch
+
+_OPEN_SHARDS = 256
+_READ_AHEAD = 4
+
+
+@config
+class DataConfig:
+    """Which dataset is read, and how."""
+
+    uri: str
+    """Folder or s3:// URI of a dataset made by `orchestrator data build`."""
+    decode_size: PositiveInt | None = 256
+    """Longer side, pixels, to which images are shrunk while decoding; none: source resolution."""
+    lanes: PositiveInt | None = None
+    """Parallel streams of the sample plan; divides the global batch size; none: its largest divisor not above 64."""
+    io_threads: PositiveInt = 8
+    """Threads that fetch row groups."""
+    decode_threads: PositiveInt = 2
+    """Threads that decode images."""
+    prefetch_batches: NonNegativeInt = 3
+    """Batches made ready ahead of the one in use."""
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    """Share of an epoch's rows that may fail to decode before the run fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotations:
+    """What a dataset says of one image beside its pixels."""
+
+    label: str | None
+    size_hw: tuple[int, int]  # pixels, upright
+    boxes_xyxy: np.ndarray  # float32 (n, 4), pixels of the upright source image
+    categories: tuple[str, ...]
+    crowd: np.ndarray  # bool (n,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """One rank's rows of one batch."""
+
+    epoch: int
+    positions: np.ndarray
+    row_group: np.ndarray
+    row_in_group: np.ndarray
+    open_groups: np.ndarray  # what later batches need soon, this one's groups included
+    size: int  # rows of the batch; the missing ones are padding
+
+
+class TrainLoader:
+    """One rank's batches in the plan's order, epoch after epoch, from any step on."""
+
+    def __init__(
+        self, dataset: Dataset, plan: SamplePlan, config: DataConfig, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._pipeline = _Pipeline(dataset, config)
+        self._plan, self._rank, self._world_size = plan, rank, world_size
+        self._max_bad_share = config.max_bad_share
+        lanes = plan.lanes_of(rank, world_size)
+        self._rows_per_epoch = plan.steps_per_epoch * plan.global_batch_size // plan.lanes * len(lanes)
+        self.bad_rows = 0
+        """Rows that did not decode, since this loader was made."""
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time the consumer has waited for batches, cumulative."""
+        return self._pipeline.wait_seconds
+
+    def iterate(self, start_step: int = 0) -> Iterator[ImageBatch]:
+        """Batches from global step `start_step` on, without end; closing the iterator stops its threads.
+
+        Raises:
+            DataError: a shard cannot be read, or more rows than `max_bad_share` of an epoch did not decode.
+        """
+        bad: list[str] = []
+        epoch = -1
+        with self._pipeline.run(self._shares(start_step)) as batches:
+            for batch in batches:
+                if batch.epoch != epoch:
+                    epoch, bad = batch.epoch, []
+                bad += [batch.image_ids[i] for i in torch.nonzero(~batch.valid).flatten().tolist()]
+                self.bad_rows += int((~batch.valid).sum())
+                if len(bad) > self._max_bad_share * self._rows_per_epoch:
+                    raise DataError(
+                        f"{len(bad)} rows of epoch {epoch} do not decode, more than data.max_bad_share="
+                        f"{self._max_bad_share} allows: {', '.join(bad[:5])}; run `orchestrator data verify`"
+                    )
+                yield batch
+
+    def _shares(self, start_step: int) -> Iterator[_Share]:
+        for step in itertools.count(start_step):
+            epoch, batch = divmod(step, self._plan.steps_per_epoch)
+            where = (epoch, batch, self._rank, self._world_size)
+            positions, row_group, row_in_group = self._plan.share(*where)
+            yield _Share(
+                epoch=epoch,
+                positions=positions,
+                row_group=row_group,
+                row_in_group=row_in_group,
+                open_groups=self._plan.open_groups(*where),
+                size=len(positions),
+            )
+
+
+class EvalLoader:
+    """Every image once over all ranks, in the dataset's order; all ranks have the same number of batches.
+
+    A rank's rows are contiguous. Padding rows are not valid, their id is "" and their position −1.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._pipeline = _Pipeline(dataset, config)
+        self.num_images = min(dataset.num_images, limit if limit is not None else dataset.num_images)
+        """Images over all ranks."""
+        per_rank = -(-self.num_images // world_size)
+        self._rows = range(min(rank * per_rank, self.num_images), min((rank + 1) * per_rank, self.num_images))
+        self._batch_size = batch_size
+        self._num_batches = -(-per_rank // batch_size)
+        self._annotations: dict[str, Annotations] | None = None
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        with self._pipeline.run(self._shares()) as batches:
+            yield from batches
+
+    def annotations(self, image_id: str) -> Annotations:
+        """Label and objects of one image; the first call reads those of the whole dataset.
+
+        Raises:
+            KeyError: no such image.
+        """
+        if self._annotations is None:
+            self._annotations = read_annotations(self._dataset)
+        return self._annotations[image_id]
+
+    def _shares(self) -> Iterator[_Share]:
+        ends = np.cumsum(self._dataset.row_groups.rows, dtype=np.int64)
+        for batch in range(self._num_batches):
+            first = self._rows.start + batch * self._batch_size
+            positions = np.arange(first, min(first + self._batch_size, self._rows.stop), dtype=np.int64)
+            groups = np.searchsorted(ends, positions, side="right")
+            in_group = positions - ends[groups] + self._dataset.row_groups.rows[groups]
+            yield _Share(
+                epoch=0,
+                positions=positions,
+                row_group=groups,
+                row_in_group=in_group,
+                open_groups=np.unique(groups),
+                size=self._batch_size,
+            )
+
+
+def read_annotations(dataset: Dataset) -> dict[str, Annotations]:
+    """Labels and objects of every image, by image id.
+
+    Raises:
+        DataError: a shard cannot be read.
+    """
+    found: dict[str, Annotations] = {}
+    columns = ["image_id", "width", "height", "label", "objects"]
+    for shard in range(len(dataset.manifest.shards)):
+        try:
+            table = pq.read_table(dataset.shard_path(shard), filesystem=dataset.filesystem, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise _damaged(dataset, shard, error) from None
+        for row in table.to_pylist():
+            objects = row["objects"] or []
+            xywh = np.array([item["bbox"] for item in objects], dtype=np.float32).reshape(-1, 4)
+            found[row["image_id"]] = Annotations(
+                label=row["label"],
+                size_hw=(row["height"], row["width"]),
+                boxes_xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+                categories=tuple(item["category"] for item in objects),
+                crowd=np.array([item["crowd"] for item in objects], dtype=bool),
+            )
+    return found
+
+
+def _damaged(dataset: Dataset, shard: int, error: Exception) -> DataError:
+    name = dataset.manifest.shards[shard].name
+    reason = " ".join(str(error).split())[:300]
+    return DataError(
+        f"{dataset.uri}/{name}: cannot be read ({reason}); restore it, or find the damage with `data verify`"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _RowGroup:
+    """One row group in memory: encoded images and their ids."""
+
+    data: np.ndarray  # uint8, all images one after the other
+    offsets: np.ndarray  # int (rows + 1,)
+    image_ids: list[str]
+
+    def encoded(self, row: int) -> np.ndarray | None:
+        start, stop = self.offsets[row], self.offsets[row + 1]
+        return self.data[start:stop] if stop > start else None
+
+
+class _RowGroupReader:
+    """Fetches single row groups: one ranged read each, checked by the pages' checksums. Safe for many threads."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._lock = threading.Lock()
+        self._open: collections.OrderedDict[int, tuple[pa.NativeFile, pq.FileMetaData]] = collections.OrderedDict()
+
+    def read(self, group: int) -> _RowGroup:
+        index = self._dataset.row_groups
+        shard = int(index.shard[group])
+        offset, length, rows = int(index.offset[group]), int(index.length[group]), int(index.rows[group])
+        try:
+            file, metadata = self._shard(shard)
+            data = file.read_at(length, offset)
+            if len(data) != length:
+                raise OSError(f"{len(data)} of {length} bytes of row group {group}")
+            parquet = pq.ParquetFile(
+                pa.PythonFile(_Extent(data, offset), mode="r"), metadata=metadata, page_checksum_verification=True
+            )
+            number = group - int(index.first[shard])
+            table = parquet.read_row_group(number, columns=["image.bytes", "image_id"], use_threads=False)
+            if len(table) != rows:
+                raise OSError(f"{len(table)} rows in row group {group} where the index says {rows}")
+        except (OSError, pa.ArrowException) as error:
+            raise _damaged(self._dataset, shard, error) from None
+        return _as_row_group(table)
+
+    def _shard(self, shard: int) -> tuple[pa.NativeFile, pq.FileMetaData]:
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        file = self._dataset.filesystem.open_input_file(self._dataset.shard_path(shard))
+        opened = (file, pq.read_metadata(file))
+        with self._lock:
+            self._open[shard] = opened
+            while len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return opened
+
+
+def _as_row_group(table: pa.Table) -> _RowGroup:
+    images = table["image"].combine_chunks().field("bytes").cast(pa.large_binary())
+    _, offsets, data = images.buffers()
+    used = np.frombuffer(offsets, dtype=np.int64)[images.offset : images.offset + len(images) + 1]
+    pixels = np.frombuffer(data, dtype=np.uint8) if data is not None else np.empty(0, dtype=np.uint8)
+    return _RowGroup(data=pixels, offsets=used, image_ids=table["image_id"].to_pylist())
+
+
+class _Extent:
+    """A file of which only one extent is there: what pyarrow reads of a row group's pages."""
+
+    closed = False
+
+    def __init__(self, data: bytes, offset: int) -> None:
+        self._data, self._offset, self._position = memoryview(data), offset, 0
+
+    def read(self, size: int = -1) -> memoryview:
+        start = self._position - self._offset
+        if start < 0:
+            raise OSError(f"a page lies before its row group, at byte {self._position}")
+        part = self._data[start : start + size if size >= 0 else None]
+        self._position += len(part)
+        return part
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        base = (0, self._position, self._offset + len(self._data))[whence]
+        self._position = base + position
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        self.closed = True
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+class _Pipeline:
+    """Turns shares into batches, in order, some of them ahead of the consumer.
+
+    One thread walks the plan and asks for row groups early; they live as long as a batch on its way has them open.
+    """
+
+    def __init__(self, dataset: Dataset, config: DataConfig) -> None:
+        self._reader = _RowGroupReader(dataset)
+        self._config = config
+        self.wait_seconds = 0.0
+
+    def run(self, shares: Iterator[_Share]) -> "_Run":
+        return _Run(self, shares)
+
+
+class _Run:
+    """One pass of a pipeline: a context manager that owns the threads and yields the batches."""
+
+    def __init__(self, pipeline: _Pipeline, shares: Iterator[_Share]) -> None:
+        self._pipeline = pipeline
+        self._config = pipeline._config
+        self._shares = shares
+        self._groups: weakref.WeakValueDictionary[int, Future[_RowGroup]] = weakref.WeakValueDictionary()
+
+    def __enter__(self) -> Iterator[ImageBatch]:
+        self._plan_pool = ThreadPoolExecutor(1, "data-plan")
+        self._io_pool = ThreadPoolExecutor(self._config.io_threads, "data-read")
+        self._batch_pool = ThreadPoolExecutor(2, "data-batch")
+        self._decode_pool = ThreadPoolExecutor(self._config.decode_threads, "data-decode")
+        return self._batches()
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._plan_pool, self._io_pool, self._decode_pool, self._batch_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._plan_pool, self._io_pool, self._decode_pool, self._batch_pool):
+            pool.shutdown(wait=True)
+
+    def _batches(self) -> Iterator[ImageBatch]:
+        planned: collections.deque[Future[Any]] = collections.deque()
+        ready: collections.deque[Future[ImageBatch | None]] = collections.deque()
+        while True:
+            while len(ready) <= self._config.prefetch_batches:
+                while len(planned) <= _READ_AHEAD:
+                    planned.append(self._plan_pool.submit(self._ask))
+                ready.append(self._batch_pool.submit(self._make, planned.popleft()))
+            started = time.perf_counter()
+            batch = ready.popleft().result()
+            self._pipeline.wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def _ask(self) -> tuple[_Share, dict[int, Future[_RowGroup]]] | None:
+        """Take the next share and see that its row groups are on their way; its own first, then the open ones."""
+        share = next(self._shares, None)
+        if share is None:
+            return None
+        held: dict[int, Future[_RowGroup]] = {}
+        for group in itertools.chain(np.unique(share.row_group).tolist(), share.open_groups.tolist()):
+            if group not in held:
+                future = self._groups.get(group)
+                if future is None:
+                    future = self._groups[group] = self._io_pool.submit(self._pipeline._reader.read, group)
+                held[group] = future
+        return share, held
+
+    def _make(self, planned: "Future[tuple[_Share, dict[int, Future[_RowGroup]]] | None]") -> ImageBatch | None:
+        asked = planned.result()
+        if asked is None:
+            return None
+        share, held = asked
+        encoded, ids = _rows_of(share, held)
+        padding = share.size - len(ids)
+        encoded += [None] * padding
+        images, content_hw, source_hw, valid = decode_batch(
+            encoded, decode_size=self._config.decode_size, pool=self._decode_pool
+        )
+        positions = np.concatenate([share.positions, np.full(padding, -1, dtype=np.int64)])
+        return ImageBatch(
+            images=images,
+            content_hw=content_hw,
+            source_hw=source_hw,
+            image_ids=(*ids, *[""] * padding),
+            positions=torch.from_numpy(positions),
+            valid=valid,
+            epoch=share.epoch,
+        )
+
+
+def _rows_of(share: _Share, held: dict[int, Future[_RowGroup]]) -> tuple[list[np.ndarray | None], Sequence[str]]:
+    encoded, ids = [], []
+    for group, row in zip(share.row_group.tolist(), share.row_in_group.tolist(), strict=True):
+        row_group = held[group].result()
+        encoded.append(row_group.encoded(row))
+        ids.append(row_group.image_ids[row])
+    return encoded, ids

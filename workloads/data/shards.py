@@ -1,0 +1,321 @@
+"""One shard: which rows it gets, and how they become bytes, the same on every machine that writes it."""
+
+import collections
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from workloads.config import config
+from workloads.data.decode import MAX_PIXELS, DecodeError, decode_image
+from workloads.data.sources import OBJECTS_TYPE, SourceConfig
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SHARD_SCHEMA = pa.schema(
+    [
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("image_id", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("label", pa.string()),
+        ("objects", OBJECTS_TYPE),
+    ]
+)
+REJECTS_SCHEMA = pa.schema([("path", pa.string()), ("image_id", pa.string()), ("reason", pa.string())])
+
+_VALUE = {"_type": "Value"}
+_FEATURES: dict[str, Any] = {
+    "image": {"_type": "Image"},
+    "image_id": {"dtype": "string", **_VALUE},
+    "width": {"dtype": "int32", **_VALUE},
+    "height": {"dtype": "int32", **_VALUE},
+    "label": {"dtype": "string", **_VALUE},
+    "objects": [
+        {
+            "bbox": {"feature": {"dtype": "float32", **_VALUE}, "_type": "Sequence"},
+            "category": {"dtype": "string", **_VALUE},
+            "crowd": {"dtype": "bool", **_VALUE},
+        }
+    ],
+}
+
+
+@config
+class BuildConfig:
+    """How a source becomes a dataset."""
+
+    source: SourceConfig
+    output: str
+    """Folder (path or URI) that gets the dataset."""
+    seed: NonNegativeInt = 0
+    """Decides, with each image's path in the source, the shard and place of its row."""
+    rows_per_shard: PositiveInt = 4096
+    """Images listed for one shard; rejects make it smaller."""
+    row_group_bytes: PositiveInt = 1 << 20
+    """Bytes of encoded images after which a row group is closed: the unit of reading, shuffling and resuming."""
+    short_side: PositiveInt | None = None
+    """Shrink images to this shorter side, pixels, and encode them as JPEG; none: bytes are kept as they are."""
+    quality: int = field(default=90)
+    """JPEG quality where images are encoded again, 1 to 100."""
+    max_pixels: PositiveInt = MAX_PIXELS
+    """Images of more pixels are rejected."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality={self.quality}: must be from 1 to 100")
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest keeps: all that decides the dataset's bytes, without paths."""
+        names = ("seed", "rows_per_shard", "row_group_bytes", "short_side", "quality", "max_pixels")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    """What writing one shard found out; what of it the manifest needs is a pure function of the inputs."""
+
+    size: int
+    sha256: str
+    row_groups: tuple[tuple[int, int, int], ...]  # (offset, length, rows)
+    paths: tuple[str, ...]  # of the rows written
+    digests: tuple[bytes, ...]  # SHA-256 of each row's source bytes
+    rejects: tuple[tuple[str, str, str], ...]  # (path, image_id, reason)
+    num_bytes: int  # of encoded images
+
+    @property
+    def rows(self) -> int:
+        """Number of rows written."""
+        return len(self.paths)
+
+
+class Reject(Exception):
+    """This image is left out; the message is the reason."""
+
+
+def place_rows(listing: pa.Table, *, seed: int, rows_per_shard: int) -> list[pa.Table]:
+    """Deal a listing out to shards by a hash of (seed, path): the same whatever the order of the listing."""
+    paths = listing["path"].to_pylist()
+    keys = np.array([_place(seed, path) for path in paths], dtype=np.uint64)
+    order = np.argsort(keys, kind="stable")
+    return [listing.take(order[start : start + rows_per_shard]) for start in range(0, len(order), rows_per_shard)]
+
+
+def _place(seed: int, path: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest(), "little")
+
+
+def write_shard(
+    rows: pa.Table,
+    sink: BinaryIO,
+    *,
+    read: Callable[[str], bytes],
+    build: BuildConfig,
+    excluded: frozenset[str] = frozenset(),
+    threads: int = 1,
+) -> ShardResult:
+    """Write one shard of `rows` (`LISTING_SCHEMA`, in this order) to `sink`.
+
+    Args:
+        read: bytes of a location.
+        excluded: paths that hold the same bytes as an image elsewhere.
+        threads: how many images are prepared side by side.
+    """
+    hashing = _HashingSink(sink)
+    written = _Written()
+    metadata: list[pq.FileMetaData] = []
+
+    def prepare(row: dict[str, Any]) -> "_Prepared | Reject":
+        try:
+            return _prepare(row, read, build, excluded)
+        except Reject as reject:
+            return reject
+
+    listed = (row for batch in rows.to_batches(max_chunksize=256) for row in batch.to_pylist())
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        pq.ParquetWriter(
+            pa.PythonFile(hashing, mode="w"),
+            _stored_schema(),
+            compression="NONE",
+            use_dictionary=["label"],
+            write_statistics=False,
+            write_page_checksum=True,
+            data_page_size=2 * build.row_group_bytes,
+            metadata_collector=metadata,
+        ) as writer,
+    ):
+        for group in _row_groups(rows, _map_ahead(pool, prepare, listed, 4 * threads), build.row_group_bytes, written):
+            writer.write_table(group, row_group_size=len(group))
+    return ShardResult(
+        size=hashing.size,
+        sha256=hashing.sha256.hexdigest(),
+        row_groups=tuple(_extents(metadata[0])),
+        paths=tuple(written.paths),
+        digests=tuple(written.digests),
+        rejects=tuple(written.rejects),
+        num_bytes=written.num_bytes,
+    )
+
+
+def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """`pool.map` that holds no more than `ahead` results: a shard's images need not fit in memory."""
+    waiting: collections.deque[Future[R]] = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@dataclass(slots=True)
+class _Written:
+    paths: list[str] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    rejects: list[tuple[str, str, str]] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Prepared:
+    row: dict[str, Any]
+    digest: bytes
+    size: int
+
+
+def _row_groups(
+    rows: pa.Table, prepared: Iterator["_Prepared | Reject"], row_group_bytes: int, written: _Written
+) -> Iterator[pa.Table]:
+    group: list[dict[str, Any]] = []
+    size = 0
+    ids = zip(rows["path"].to_pylist(), rows["image_id"].to_pylist(), strict=True)
+    for (path, image_id), item in zip(ids, prepared, strict=True):
+        if isinstance(item, Reject):
+            written.rejects.append((path, image_id, str(item)))
+            continue
+        written.paths.append(path)
+        written.digests.append(item.digest)
+        written.num_bytes += item.size
+        group.append(item.row)
+        size += item.size
+        if size >= row_group_bytes:
+            yield pa.Table.from_pylist(group, schema=_stored_schema())
+            group, size = [], 0
+    if group:
+        yield pa.Table.from_pylist(group, schema=_stored_schema())
+
+
+def _prepare(
+    row: Mapping[str, Any], read: Callable[[str], bytes], build: BuildConfig, excluded: frozenset[str]
+) -> _Prepared:
+    if row["path"] in excluded:
+        raise Reject("duplicate")
+    try:
+        data = read(row["location"])
+    except OSError as error:
+        raise Reject(f"unreadable: {type(error).__name__}") from None
+    if not data:
+        raise Reject("empty file")
+    digest = hashlib.sha256(data).digest()
+    check_header(data, build.max_pixels)
+    try:
+        image = decode_image(data)
+    except DecodeError as error:
+        raise Reject(f"undecodable: {error}") from None
+    height, width = image.shape[1:]
+    scale = 1.0
+    if build.short_side is not None and min(height, width) > build.short_side:
+        scale = build.short_side / min(height, width)
+        data, (height, width) = _encode_smaller(image, build.short_side, build.quality)
+    stored = {
+        "image": {"bytes": data, "path": row["path"]},
+        "image_id": row["image_id"],
+        "width": width,
+        "height": height,
+        "label": row["label"],
+        "objects": _scaled(row["objects"], scale),
+    }
+    return _Prepared(row=stored, digest=digest, size=len(data))
+
+
+def check_header(data: bytes, max_pixels: int) -> None:
+    """Look at an image's header before anything of its size is allocated.
+
+    Raises:
+        Reject: not an image, or one of more than `max_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        raise Reject("too large: a decompression bomb") from None
+    except (OSError, ValueError, SyntaxError):
+        raise Reject("not an image") from None
+    if width * height > max_pixels:
+        raise Reject(f"too large: {width}x{height} pixels")
+
+
+def _encode_smaller(image: Tensor, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
+    height, width = image.shape[1:]
+    scale = short_side / min(height, width)
+    size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
+    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    encoded = io.BytesIO()
+    picture.resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue(), (size[1], size[0])
+
+
+def _scaled(objects: list[dict[str, Any]] | None, scale: float) -> list[dict[str, Any]] | None:
+    if objects is None or scale == 1.0:
+        return objects
+    return [{**item, "bbox": [scale * side for side in item["bbox"]]} for item in objects]
+
+
+def _stored_schema() -> pa.Schema:
+    return SHARD_SCHEMA.with_metadata({"huggingface": json.dumps({"info": {"features": _FEATURES}})})
+
+
+def _extents(metadata: pq.FileMetaData) -> Iterator[tuple[int, int, int]]:
+    """(offset, length, rows) of each row group; its column chunks follow one another without a gap."""
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        starts = [
+            column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+            for column in columns
+        ]
+        ends = [start + c.total_compressed_size for start, c in zip(starts, columns, strict=True)]
+        yield min(starts), max(ends) - min(starts), group.num_rows
+
+
+class _HashingSink(io.RawIOBase):
+    """Counts and hashes what passes through on its way to another file."""
+
+    def __init__(self, sink: BinaryIO) -> None:
+        self._sink = sink
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self._sink.write(data)
+        self.size += len(memoryview(data).cast("B"))
+        return len(memoryview(data).cast("B"))
+
+    def tell(self) -> int:
+        return self.size
