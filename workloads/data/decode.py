@@ -4,6 +4,7 @@ torchvision's operators and Pillow's decoders release the GIL: threads suffice, 
 """
 
 import io
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
@@ -42,7 +43,9 @@ def decode_image(encoded: Encoded) -> Tensor:
             return image
         return _decode_with_pillow(data)
     except _DECODE_ERRORS as error:
-        raise DecodeError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        # Without the place in torchvision's sources that its messages begin with.
+        reason = re.sub(r"^\S+, \S+:\d+, ", "", " ".join(str(error).split()))
+        raise DecodeError(reason[:200] or type(error).__name__) from None
 
 
 def _decode_with_pillow(data: bytearray) -> Tensor:

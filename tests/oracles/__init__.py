@@ -1,0 +1,1 @@
+"""Slow, obvious restatements that tests compare with."""

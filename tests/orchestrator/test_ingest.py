@@ -1,0 +1,223 @@
+"""A build is the same however it is run, and nothing that is wrong with an image stops it or is lost."""
+
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from orchestrator import ingest
+from orchestrator.ingest import build_dataset
+from tests.data.images import encoded, make_folder, picture
+from workloads.config import ConfigError, build
+from workloads.data.manifest import DataError, Manifest, open_dataset
+from workloads.data.reader import read_annotations
+from workloads.data.shards import BuildConfig
+from workloads.data.sources import CocoSourceConfig, FolderSourceConfig
+
+
+def folder_build(source: Path, output: Path, **options) -> BuildConfig:
+    return BuildConfig(source=FolderSourceConfig(inputs=(str(source),)), output=str(output), **options)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_folder(tmp_path / "images", per_class=8)
+
+
+SMALL = {"rows_per_shard": 10, "row_group_bytes": 6000}
+
+
+def test_a_rebuild_elsewhere_is_identical(source, tmp_path):
+    first = build_dataset(folder_build(source, tmp_path / "a", **SMALL))
+    moved = shutil.copytree(source, tmp_path / "moved")
+    second = build_dataset(folder_build(moved, tmp_path / "b", **SMALL))
+    assert first.sha256 == second.sha256
+    assert Manifest.from_json((tmp_path / "a" / "manifest.json").read_text(), name="") == first
+    assert str(tmp_path) not in (tmp_path / "a" / "manifest.json").read_text()
+    assert len(first.shards) == 4
+    assert build_dataset(folder_build(source, tmp_path / "c", seed=1, **SMALL)).sha256 != first.sha256
+
+
+def test_a_killed_build_shows_no_dataset_and_ends_the_same(source, tmp_path, monkeypatch):
+    whole = build_dataset(folder_build(source, tmp_path / "whole", **SMALL))
+    write_one = ingest._write_one
+
+    def killed_at_the_third(build, index, *rest):
+        if index == 2:
+            raise KeyboardInterrupt
+        return write_one(build, index, *rest)
+
+    config = folder_build(source, tmp_path / "killed", **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "_write_one", killed_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset(config)
+    with pytest.raises(DataError, match=r"manifest\.json.*orchestrator data build"):
+        open_dataset(config.output)
+    assert build_dataset(config).sha256 == whole.sha256
+
+
+def test_rows_are_mixed_over_row_groups(tmp_path):
+    source = make_folder(tmp_path / "images", classes=4, per_class=40, width=16, height=16)
+    build_dataset(folder_build(source, tmp_path / "out", row_group_bytes=20_000))
+    file = pq.ParquetFile(tmp_path / "out" / "shard-000000.parquet")
+    for group in range(file.num_row_groups - 1):
+        labels = Counter(file.read_row_group(group, columns=["label"])["label"].to_pylist())
+        total = sum(labels.values())
+        entropy = -sum(n / total * math.log2(n / total) for n in labels.values())
+        assert entropy > 1.5, labels
+
+
+def test_row_groups_lie_where_the_index_says(source, tmp_path):
+    build_dataset(folder_build(source, tmp_path / "out", **SMALL))
+    opened = open_dataset(str(tmp_path / "out"))
+    index = opened.row_groups
+    for shard in range(len(opened.manifest.shards)):
+        groups = range(index.first[shard], index.first[shard + 1])
+        file = pq.ParquetFile(opened.shard_path(shard))
+        assert file.num_row_groups == len(groups)
+        ends = [int(index.offset[g] + index.length[g]) for g in groups]
+        assert int(index.offset[groups[0]]) == 4  # after the magic
+        assert [int(index.offset[g]) for g in groups[1:]] == ends[:-1]
+        assert [file.metadata.row_group(i).num_rows for i in range(len(groups))] == index.rows[list(groups)].tolist()
+        assert file.metadata.row_group(0).column(0).compression == "UNCOMPRESSED"
+
+
+def test_rejects_are_listed_with_reasons(source, tmp_path):
+    (source / "empty.jpg").write_bytes(b"")
+    (source / "words.jpg").write_bytes(b"these are words")
+    (source / "cut.jpg").write_bytes(encoded(picture(5))[:-400])
+    (source / "notes.txt").write_text("left out of the listing")
+    (source / "huge.png").write_bytes(encoded(picture(6, width=300, height=200), "PNG"))
+    (source / "zz_copy.jpg").write_bytes((source / "class_1" / "003.jpg").read_bytes())
+    (source / "class_0" / "copy.jpg").write_bytes((source / "class_0" / "000.jpg").read_bytes())
+    manifest = build_dataset(folder_build(source, tmp_path / "out", max_pixels=50_000, **SMALL))
+    rejects = {row["path"]: row["reason"] for row in pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()}
+    assert {path: reason.split(":")[0] for path, reason in rejects.items()} == {
+        "empty.jpg": "empty file",
+        "words.jpg": "not an image",
+        "cut.jpg": "undecodable",
+        "huge.png": "too large",
+        "zz_copy.jpg": "duplicate",
+        "class_0/copy.jpg": "duplicate",
+    }
+    assert rejects["cut.jpg"] == "undecodable: Image is incomplete or truncated"
+    assert manifest.num_images == 32
+    assert manifest.source["listed"] == 38
+    assert manifest.source["rejected"] == manifest.rejects.rows == 6
+    assert len(read_annotations(open_dataset(str(tmp_path / "out")))) == 32
+
+
+def test_bytes_are_kept_unless_a_short_side_is_asked_for(source, tmp_path):
+    build_dataset(folder_build(source, tmp_path / "kept"))
+    for row in pq.read_table(tmp_path / "kept" / "shard-000000.parquet").to_pylist():
+        assert row["image"]["bytes"] == (source / row["image"]["path"]).read_bytes()
+    build_dataset(folder_build(source, tmp_path / "small", short_side=24))
+    for row in pq.read_table(tmp_path / "small" / "shard-000000.parquet").to_pylist():
+        assert (row["width"], row["height"]) == (32, 24)
+
+
+def test_coco_objects_scale_with_their_image(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(encoded(picture(0, width=80, height=40)))
+    (tmp_path / "images" / "b.jpg").write_bytes(encoded(picture(1, width=80, height=40)))
+    annotations = {
+        "images": [
+            {"id": 7, "file_name": "a.jpg"},
+            {"id": 9, "file_name": "b.jpg"},
+            {"id": 8, "file_name": "gone.jpg"},
+        ],
+        "annotations": [{"image_id": 7, "category_id": 3, "bbox": [10, 20, 30, 16], "iscrowd": 1}],
+        "categories": [{"id": 3, "name": "cat"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(annotations))
+    source = CocoSourceConfig(images=str(tmp_path / "images"), annotations=str(tmp_path / "instances.json"))
+    manifest = build_dataset(BuildConfig(source=source, output=str(tmp_path / "out"), short_side=20))
+    found = read_annotations(open_dataset(str(tmp_path / "out")))
+    assert found["7"].boxes_xyxy.tolist() == [[5, 10, 20, 18]]
+    assert found["7"].categories == ("cat",)
+    assert found["7"].crowd.tolist() == [True]
+    assert found["9"].boxes_xyxy.shape == (0, 4)
+    assert manifest.source == {"kind": "coco", "listed": 3, "rejected": 1, "categories": {"cat": 3}}
+
+
+def test_several_folders_become_one_dataset(tmp_path):
+    one, two = make_folder(tmp_path / "one", per_class=2), tmp_path / "two"
+    two.mkdir()
+    (two / "x.jpg").write_bytes(encoded(picture(99)))
+    source = FolderSourceConfig(inputs=(str(one), str(two)))
+    build_dataset(BuildConfig(source=source, output=str(tmp_path / "out")))
+    found = read_annotations(open_dataset(str(tmp_path / "out")))
+    assert found["one/class_3/001.jpg"].label == "class_3"
+    assert found["two/x.jpg"].label is None
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"source": {"kind": "folder", "inputs": ["x"]}}, "output"),
+        ({"source": {"kind": "folders", "inputs": ["x"]}, "output": "y"}, "source"),
+        ({"source": {"kind": "folder", "inputs": ["x"]}, "output": "y", "quality": 0}, "quality"),
+        ({"source": {"kind": "folder", "input": ["x"]}, "output": "y"}, "did you mean source.inputs"),
+    ],
+)
+def test_requests_that_cannot_work(data, message):
+    with pytest.raises(ConfigError, match=message):
+        build(BuildConfig, data)
+
+
+def test_sources_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match="is not a folder"):
+        build_dataset(folder_build(tmp_path / "gone", tmp_path / "out"))
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(DataError, match="holds no files"):
+        build_dataset(folder_build(tmp_path / "bare", tmp_path / "out"))
+    (tmp_path / "bare" / "a.jpg").write_bytes(b"words")
+    with pytest.raises(DataError, match="none of the 1 files"):
+        build_dataset(folder_build(tmp_path / "bare", tmp_path / "out"))
+
+
+def remove_shard(root: Path) -> None:
+    (root / "shard-000001.parquet").unlink()
+
+
+def cut_shard(root: Path) -> None:
+    data = (root / "shard-000001.parquet").read_bytes()
+    (root / "shard-000001.parquet").write_bytes(data[:-10])
+
+
+def change_index(root: Path) -> None:
+    data = bytearray((root / "row_groups.parquet").read_bytes())
+    data[20] ^= 1
+    (root / "row_groups.parquet").write_bytes(data)
+
+
+def change_version(root: Path) -> None:
+    text = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(text.replace('"schema_version": 1', '"schema_version": 0'))
+
+
+def break_manifest(root: Path) -> None:
+    (root / "manifest.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (remove_shard, r"shard-000001\.parquet: is missing"),
+        (cut_shard, r"shard-000001\.parquet: has \d+ bytes"),
+        (change_index, r"row_groups\.parquet: does not match"),
+        (change_version, "schema version 0"),
+        (break_manifest, "not a dataset manifest"),
+    ],
+)
+def test_a_damaged_dataset_is_refused_by_name(source, tmp_path, spoil, message):
+    build_dataset(folder_build(source, tmp_path / "out", **SMALL))
+    spoil(tmp_path / "out")
+    with pytest.raises(DataError, match=message):
+        open_dataset(str(tmp_path / "out"))
