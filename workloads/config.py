@@ -38,7 +38,8 @@ def config(cls: type[T]) -> type[T]:
     settings = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
     )
-    return pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, slots=True, config=settings)
+    made = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, slots=True, config=settings)
+    return typing.cast(type[T], made)
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +71,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 def parse_yaml(text: str, *, source: str) -> Any:
     """Parse YAML from `text`; `source` names it in errors."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
 
@@ -145,7 +146,7 @@ def _explain(cls: type, error: pydantic.ValidationError) -> str:
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         same_leaf = [k for k in known if k.rpartition(".")[2] == names[-1]]
-        best = (same_leaf or close or [None])[0]
+        best = next(iter([*same_leaf, *close]), None)
         return f"unknown key {key}" + (f"; did you mean {best}?" if best else f"; known keys: {', '.join(known)}")
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     given = "" if fault["type"] in ("missing", "value_error") else f" (given: {fault.get('input')!r})"

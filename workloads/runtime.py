@@ -30,7 +30,8 @@ class Runtime(Protocol):
     def report(self, metrics: Mapping[str, float], *, step: int, folder: Path | None = None) -> None:
         """Hand over metrics (rank 0's count) and, optionally, rank 0's `folder`: a checkpoint or artifacts, kept whole.
 
-        A folder with a `state.pt` is a checkpoint. What lies under `artifacts/` in it is shown to people.
+        A folder with a `state.pt` is a checkpoint. What lies under `artifacts/` in it is shown to people. The folder is
+        the runtime's from then on, which removes it when it has what it needs.
         """
         ...
 
@@ -79,6 +80,7 @@ class LocalRuntime:
                 file.write(json.dumps(record) + "\n")
             if folder is not None:
                 self._keep(folder, step)
+                shutil.rmtree(folder, ignore_errors=True)
             if self._stream is not None and metrics:
                 self._stream.write(json.dumps(record) + "\n")
                 self._stream.flush()
@@ -102,7 +104,11 @@ class LocalRuntime:
         return found[-1] if found else None
 
     def progress(self, line: Mapping[str, float], *, step: int, total_steps: int) -> None:
-        return None
+        if self._stream is None or step % 10:
+            return
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+        self._stream.write(f"step {step}/{total_steps}  {figures}\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """Leave the process group, if this runtime joined one."""

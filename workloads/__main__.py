@@ -1,0 +1,94 @@
+"""`python -m workloads`: the same loops without Ray and MLflow, on one process or under torchrun."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from workloads.checkpoint import CheckpointError
+from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, to_dict
+from workloads.data.manifest import DataError
+from workloads.data.sample_plan import PlanError
+from workloads.loops.evaluate import evaluate
+from workloads.loops.pretrain import NonFiniteLossError, preflight, pretrain
+from workloads.runtime import LocalRuntime
+from workloads.spec import EvaluationConfig, PretrainConfig, load_model, load_pretrain
+
+_LOG = logging.getLogger("workloads")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m workloads",
+        description="Pretrain and evaluate without Ray and MLflow. Under torchrun, every process takes its share of the "
+        "global batch. Results: OUTPUT/metrics.jsonl, OUTPUT/checkpoints, OUTPUT/artifacts.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="run or continue an experiment file")
+    train.add_argument(
+        "experiment", type=Path, help="YAML file; its scaling, tracking and storage sections are skipped"
+    )
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as objective.temperature=0.2")
+    train.add_argument(
+        "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
+    )
+    measure = commands.add_parser("evaluate", help="measure SGA, RIGA and GAP-R of a checkpoint on a dataset")
+    measure.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
+    measure.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the evaluation section, as uri=…")
+    measure.add_argument(
+        "--output", type=Path, default=Path("runs/evaluation"), help="folder for the figures and heatmaps"
+    )
+    commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0 done, 1 the run failed, 2 the request was wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "keys":
+            for key, default, help_text in describe(PretrainConfig):
+                sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
+            return 0
+        overrides = parse_overrides(options.overrides)
+        return _train(options, overrides) if options.command == "train" else _evaluate(options, overrides)
+    except (ConfigError, DataError, PlanError, CheckpointError) as error:
+        _LOG.error("%s", error)
+        return 2
+    except NonFiniteLossError as error:
+        _LOG.error("%s", error)
+        return 1
+
+
+def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
+    settings = load_pretrain(options.experiment, overrides)
+    runtime = LocalRuntime(options.output, stream=sys.stdout)
+    try:
+        preflight(settings, runtime.world_size)
+        try:
+            pretrain(settings, runtime)
+        except DataError as error:  # after preflight, the data broke under a run that had begun
+            _LOG.error("%s", error)
+            return 1
+    finally:
+        runtime.close()
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
+    _, run = load_model(options.checkpoint)
+    settings = build(EvaluationConfig, apply_overrides(to_dict(run.evaluation), overrides))
+    if settings.uri is None:
+        raise ConfigError("uri: name the dataset to evaluate on, as uri=FOLDER")
+    runtime = LocalRuntime(options.output, stream=sys.stdout)
+    try:
+        evaluate(options.checkpoint, uri=settings.uri, config=settings, runtime=runtime)
+    finally:
+        runtime.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

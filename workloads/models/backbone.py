@@ -1,0 +1,95 @@
+"""Backbones from torchvision, as a trunk that returns its four stages, and the norms they may be built with."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from workloads.config import config
+from workloads.distributed import sum_over_ranks, world_size
+
+Norm = Literal["batch", "sync_batch", "group"]
+
+STAGE_CHANNELS = {
+    "resnet18": (64, 128, 256, 512),
+    "resnet34": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+}
+
+
+@config
+class BackboneConfig:
+    """Which trunk, from where, with which norm."""
+
+    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """Architecture, torchvision's."""
+    weights: Literal["none", "imagenet"] = "none"
+    """Start from random weights or from torchvision's ImageNet weights (downloaded by torchvision; norm=batch only)."""
+    norm: Norm = "batch"
+    """batch: statistics of this worker's share; sync_batch: of the global batch; group: none of either (32 groups)."""
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of the global batch, on any device.
+
+    torch's SyncBatchNorm raises off the GPU; this one reduces (n, Σx, Σx²) with gradient, in float32.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input.float()
+        n = x.new_tensor([x.numel() / x.shape[1]])
+        totals = sum_over_ranks(torch.cat([n, x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]))
+        count, mean, square = totals[0], *(totals[1:] / totals[0]).chunk(2)
+        variance = (square - mean.square()).clamp(min=0)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                momentum = 0.1 if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked += 1
+        scale = torch.rsqrt(variance + self.eps) * (1.0 if self.weight is None else self.weight)
+        shift = (0.0 if self.bias is None else self.bias) - mean * scale
+        return (x * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+
+
+def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
+    """The constructor of a 2-d norm from a number of channels."""
+    match norm:
+        case "batch":
+            return nn.BatchNorm2d
+        case "sync_batch":
+            return GlobalBatchNorm2d
+        case "group":
+            return lambda channels: nn.GroupNorm(min(32, channels), channels)
+
+
+class Trunk(nn.Module):
+    """A torchvision ResNet without its classifier.
+
+    Its `body` keeps torchvision's parameter names, so that its state dict loads into a plain `resnet*`.
+    """
+
+    def __init__(self, settings: BackboneConfig) -> None:
+        super().__init__()
+        weights = "IMAGENET1K_V1" if settings.weights == "imagenet" else None
+        make = torchvision.models.get_model_builder(settings.name)
+        # torchvision calls the norm with a number of channels only, as GroupNorm needs it to be wrapped.
+        self.body = make(weights=weights, norm_layer=norm_layer(settings.norm))
+        self.body.fc = nn.Identity()
+        self.channels = STAGE_CHANNELS[settings.name]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, h, w), normalised, to {"C2": (B, C, h/4, w/4), …, "C5": (B, C, h/32, w/32)}."""
+        body = self.body
+        x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+        stages = {}
+        for name, layer in zip(
+            ("C2", "C3", "C4", "C5"), (body.layer1, body.layer2, body.layer3, body.layer4), strict=True
+        ):
+            x = stages[name] = layer(x)
+        return stages

@@ -1,0 +1,239 @@
+"""Anchor NT-Xent (arXiv 2402.13465): a crop must find the cell of its own image where it was taken.
+
+The crop's embedding z_i is attracted to the pyramid's cell that holds its centre, and repelled from the other images'
+positive cells in the global batch (inter-image) and from cells of its own image outside its box (anchor negatives).
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from workloads.config import ConfigError, config
+from workloads.data.random import stream, uniform
+from workloads.data.regions import cell_centers, cell_of, centers_inside, one_hot_cell
+from workloads.distributed import averaged, gather_rows, global_mean, row_counts
+from workloads.models.backbone import BackboneConfig, Trunk
+from workloads.models.fpn import STRIDES, Pyramid
+from workloads.models.heads import Projector
+from workloads.types import CropGeometry, FeaturePyramid, StepResult, Views
+
+Level = Literal["P3", "P4", "P5", "P6", "P7"]
+
+
+@config
+class AnchorNTXentConfig:
+    """The objective's knobs; all of them can be swept."""
+
+    kind: Literal["anchor_ntxent"] = "anchor_ntxent"
+    """Which objective."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """τ, what cosine similarities are divided by."""
+    crop_grid: Literal["native"] | Annotated[int, Field(ge=2, le=128)] = "native"
+    """Partition of the full view from which anchor negatives are drawn: g for g × g, or the level's own grid."""
+    anchor_negatives: Annotated[int, Field(ge=0)] = 64
+    """Cells of the same image that are negatives of a crop, or as many as there are; 0 is the plain NT-Xent ablation."""
+    levels: tuple[Level, ...] = ("P3", "P4", "P5")
+    """Pyramid levels that are trained, each weighing the same."""
+    projection_dim: Annotated[int, Field(ge=8)] = 128
+    """Channels of the pyramid and of the crop's embedding."""
+    projector_hidden: Annotated[int, Field(ge=8)] = 512
+    """Hidden width of the crop's projector."""
+    shared_trunk: bool = False
+    """Whether crops and full views go through one trunk, or through one each as in the paper."""
+    symmetric: bool = False
+    """Whether each positive cell must also find its crop among the other images' crops; averaged with the crop's loss."""
+
+    def __post_init__(self) -> None:
+        if not self.levels or len(set(self.levels)) != len(self.levels):
+            raise ConfigError(f"objective.levels: expected distinct levels out of P3…P7, given {list(self.levels)}")
+
+    def check_views(self, full_size: int) -> None:
+        """Refuse a level that can have no anchor negative in a full view of `full_size` pixels.
+
+        Raises:
+            ConfigError: names the level and what to change.
+        """
+        for level in self.levels:
+            cells = math.ceil(full_size / STRIDES[level])
+            if cells == 1 and self.anchor_negatives > 0 and self.crop_grid == "native":
+                raise ConfigError(
+                    f"objective.levels: {level} is a single cell at views.full_size={full_size}, so it has no anchor "
+                    "negative; leave the level out, enlarge the view, or set objective.anchor_negatives=0"
+                )
+
+
+def choose_anchors(geometry: CropGeometry, grid_hw: tuple[int, int], count: int, draws: Tensor) -> Tensor:
+    """Which cells are anchor negatives of each crop.
+
+    A cell qualifies if its centre lies outside the crop's box and it does not hold the crop's centre; of those,
+    min(`count`, available) distinct ones with the least draws are taken.
+
+    Args:
+        draws: float32 (B, K, cells) from [0, 1).
+
+    Returns:
+        bool (B, K, cells), row-major cells of `grid_hw`.
+    """
+    cells = grid_hw[0] * grid_hw[1]
+    box, size = geometry.box_xyxy, geometry.full_size_hw
+    holds_center = one_hot_cell(cell_of(geometry.center_xy, grid_hw, size), cells)
+    available = ~centers_inside(box, grid_hw, size) & ~holds_center
+    if count >= cells:
+        return available
+    order = draws.masked_fill(~available, 2.0).argsort(dim=-1, stable=True)
+    chosen = torch.zeros_like(available).scatter(-1, order[..., :count], True)
+    return chosen & available
+
+
+def embeddings_on_grid(level: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+    """A level (B, C, h, w) sampled bilinearly at the centres of a grid: (B, C, cells); the level itself where the grids agree."""
+    if level.shape[-2:] == torch.Size(grid_hw):
+        return level.flatten(2)
+    centers = cell_centers(grid_hw, (2, 2), level.device) - 1.0
+    grid = centers.to(level.dtype).reshape(1, *grid_hw, 2).expand(level.shape[0], -1, -1, -1)
+    return F.grid_sample(level, grid, mode="bilinear", padding_mode="border", align_corners=False).flatten(2)
+
+
+def anchor_ntxent_loss(
+    crops: Tensor,
+    cells: Tensor,
+    anchor_similarity: Tensor,
+    anchors: Tensor,
+    image: Tensor,
+    valid: Tensor,
+    *,
+    temperature: float,
+    symmetric: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """−log(e^{sim(z_i,z_j)/τ} / (e^{sim(z_i,z_j)/τ} + Σ inter-image + Σ anchors)) of this rank's crops (eq. 2 of the paper).
+
+    Positives of the same image are no negatives of each other. Float32 and log-sum-exp, whatever the precision of the inputs.
+
+    Args:
+        crops: (n, D) embeddings z_i, not normalised.
+        cells: (n, D) embeddings z_j of the positive cells, not normalised.
+        anchor_similarity: (n, A) cosine similarities of each crop with the cells of its own image.
+        anchors: bool (n, A), which of those are anchor negatives.
+        image: int64 (n,), a number that tells images apart over all ranks.
+        valid: bool (n,); invalid crops are neither counted nor anybody's negatives.
+
+    Returns:
+        The loss of each crop, float32 (n,), 0 where invalid; and whether the positive was the most similar, bool (n,).
+    """
+    crops, cells = F.normalize(crops.float(), dim=-1), F.normalize(cells.float(), dim=-1)
+    counts = row_counts(crops.shape[0], crops.device)
+    all_cells, all_images, all_valid = (
+        gather_rows(cells, counts),
+        gather_rows(image, counts),
+        gather_rows(valid, counts),
+    )
+    other_image = (image[:, None] != all_images[None]) & all_valid[None]
+    positive = (crops * cells).sum(-1, keepdim=True) / temperature
+
+    inter = (crops @ all_cells.T / temperature).masked_fill(~other_image, -torch.inf)
+    intra = (anchor_similarity.float() / temperature).masked_fill(~anchors, -torch.inf)
+    logits = torch.cat([positive, inter, intra], dim=1)
+    # A row that counts nowhere may hold anything; its zero keeps NaN out of the gradient too.
+    logits = torch.where(valid[:, None], logits, torch.zeros_like(logits))
+    loss = logits.logsumexp(1) - logits[:, 0]
+    found = logits[:, 0] >= logits.max(1).values
+    if symmetric:
+        all_crops = gather_rows(crops, counts)
+        back = (cells @ all_crops.T / temperature).masked_fill(~other_image, -torch.inf)
+        back = torch.cat([positive, back], dim=1)
+        back = torch.where(valid[:, None], back, torch.zeros_like(back))
+        loss = (loss + back.logsumexp(1) - back[:, 0]) / 2
+    return loss * valid, found & valid
+
+
+class AnchorNTXent(nn.Module):
+    """Both pipelines of the paper and their loss."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: AnchorNTXentConfig, backbone: BackboneConfig, *, seed: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.seed = seed
+        self.trunk = Trunk(backbone)
+        self.pyramid = Pyramid(self.trunk.channels, settings.projection_dim, settings.levels)
+        self.crop_trunk = None if settings.shared_trunk else Trunk(backbone)
+        self.projector = Projector(self.trunk.channels[-1], settings.projector_hidden, settings.projection_dim)
+        # ImageNet's statistics, so that supervised weights can be loaded and exported trunks need nothing new.
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def embed_grid(self, images: Tensor) -> FeaturePyramid:
+        """Full views (B, 3, h, w) in [0, 1] to {level: (B, D, h/stride, w/stride)}."""
+        return self.pyramid(self.trunk(self._normalize(images)))
+
+    def embed_crops(self, crops: Tensor) -> Tensor:
+        """Crops (N, 3, h, w) in [0, 1] to (N, D)."""
+        trunk = self.trunk if self.crop_trunk is None else self.crop_trunk
+        return self.projector(trunk(self._normalize(crops))["C5"])
+
+    def forward(self, views: Views) -> StepResult:
+        """The loss of this rank's views over the global batch, averaged over crops and levels."""
+        b, k = views.crops.shape[:2]
+        pyramid = self.embed_grid(views.full)
+        crops = self.embed_crops(views.crops.flatten(0, 1))
+        with torch.autocast(views.full.device.type, enabled=False):
+            return self._loss(pyramid, crops.float().reshape(b, k, -1), views)
+
+    def _loss(self, pyramid: FeaturePyramid, crops: Tensor, views: Views) -> StepResult:
+        b, k, _ = crops.shape
+        valid = views.valid[:, None].expand(b, k).flatten()
+        image = views.positions[:, None].expand(b, k).flatten()
+        total = crops.new_zeros(())
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for level, features in pyramid.items():
+            cells, similarity, anchors = self._cells(level, features.float(), crops, views)
+            loss, found = anchor_ntxent_loss(
+                crops.flatten(0, 1),
+                cells.flatten(0, 1),
+                similarity.flatten(0, 1),
+                anchors.flatten(0, 1),
+                image,
+                valid,
+                temperature=self.settings.temperature,
+                symmetric=self.settings.symmetric,
+            )
+            total = total + loss.sum()
+            name = level.lower()
+            sums[f"train/loss_{name}"] = (loss.sum(), valid.sum())
+            sums[f"train/found_{name}"] = (found.sum(), valid.sum())
+            sums[f"train/anchors_{name}"] = ((anchors.flatten(0, 1).sum(-1) * valid).sum(), valid.sum())
+        loss = global_mean(total, valid.sum() * len(pyramid))
+        metrics = averaged(sums)
+        metrics["train/loss"] = torch.stack([metrics[f"train/loss_{level.lower()}"] for level in pyramid]).mean()
+        return StepResult(loss=loss, metrics=metrics)
+
+    def _cells(self, level: str, features: Tensor, crops: Tensor, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+        """Positive cells (B, K, D), similarities with the anchors' grid (B, K, A) and which of those are anchors."""
+        grid_hw = (features.shape[-2], features.shape[-1])
+        geometry, settings = views.geometry, self.settings
+        index = cell_of(geometry.center_xy, grid_hw, geometry.full_size_hw)
+        flat = features.flatten(2)
+        positives = flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+        if settings.anchor_negatives == 0:
+            none = crops.new_zeros((*crops.shape[:2], 0))
+            return positives, none, none.bool()
+        anchor_hw = grid_hw if settings.crop_grid == "native" else (settings.crop_grid, settings.crop_grid)
+        cells = anchor_hw[0] * anchor_hw[1]
+        if settings.anchor_negatives >= cells:
+            draws = crops.new_zeros((*crops.shape[:2], cells))  # all that are available are taken
+        else:
+            stream_id = stream(self.seed, "anchors", level, views.epoch)
+            draws = uniform(stream_id, views.positions, crops.shape[1] * cells).reshape(*crops.shape[:2], cells)
+        anchors = choose_anchors(geometry, anchor_hw, settings.anchor_negatives, draws)
+        keys = F.normalize(embeddings_on_grid(features, anchor_hw), dim=1)
+        similarity = torch.bmm(F.normalize(crops, dim=-1), keys)
+        return positives, similarity, anchors

@@ -1,0 +1,103 @@
+"""What a run is: the sections of an experiment file, and the one place where a `kind` becomes an object."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from workloads.checkpoint import CONFIG, read_state
+from workloads.config import ConfigError, apply_overrides, build, config, read_yaml
+from workloads.data.reader import DataConfig
+from workloads.data.views import ViewsConfig
+from workloads.metrics.grid_accuracy import GridAccuracyConfig
+from workloads.models.backbone import BackboneConfig
+from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
+from workloads.optim import AdamWConfig, OptimizerConfig, ScheduleConfig
+
+ORCHESTRATOR_SECTIONS = ("scaling", "tracking", "storage", "retries")
+"""Sections of an experiment file that say where it runs, not what; a run without Ray and MLflow skips them."""
+
+
+@config
+class EvaluationConfig:
+    """What is measured on held-out images, and when."""
+
+    uri: str | None = None
+    """Dataset of held-out images, a folder or s3:// address with a manifest.json; null: no evaluation."""
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations during training; null: at the start and at the end only."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Images per evaluation batch of one worker; changes speed and memory, not figures."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Evaluate only this many images, the first in the dataset's order."""
+    heatmaps: Annotated[int, Field(ge=0)] = 6
+    """Images shown in each heatmap figure; 0 for none."""
+    protocol: GridAccuracyConfig = GridAccuracyConfig()
+
+
+@config
+class PretrainConfig:
+    """A pretraining run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "pretrain"
+    """Name of the run: the same name and storage continue the same run."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, sample order and views."""
+    steps: Annotated[int, Field(ge=1)] = 1000
+    """Updates in the whole run."""
+    global_batch_size: Annotated[int, Field(ge=2)] = 64
+    """Images per update, over all workers."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of forward and backward; the loss stays in float32."""
+    channels_last: bool = True
+    """Keep images and kernels in NHWC memory, which convolutions prefer on CPUs and tensor cores."""
+    log_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two records of train/*."""
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; null: at the end only."""
+    data: DataConfig
+    views: ViewsConfig = ViewsConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    objective: AnchorNTXentConfig = AnchorNTXentConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        if self.backbone.weights == "imagenet" and self.backbone.norm != "batch":
+            raise ConfigError("backbone.weights: ImageNet weights come with backbone.norm=batch only")
+        self.objective.check_views(self.views.full_size)
+
+
+def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> AnchorNTXent:
+    """The objective with its networks, freshly initialised from the global RNG.
+
+    Args:
+        seed: of the draws inside the objective; the run's own by default.
+    """
+    match settings.objective:
+        case AnchorNTXentConfig():
+            return AnchorNTXent(settings.objective, settings.backbone, seed=settings.seed if seed is None else seed)
+
+
+def load_pretrain(path: str | Path, overrides: dict[str, Any]) -> PretrainConfig:
+    """An experiment file and dotted overrides as a run without Ray and MLflow.
+
+    Raises:
+        ConfigError: one sentence naming the key.
+    """
+    data = {key: value for key, value in read_yaml(path).items() if key not in ORCHESTRATOR_SECTIONS}
+    return build(PretrainConfig, apply_overrides(data, overrides))
+
+
+def load_model(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[AnchorNTXent, PretrainConfig]:
+    """The networks of a checkpoint, in eval mode, and the run's config.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    settings = build(PretrainConfig, read_yaml(checkpoint / CONFIG))
+    model = build_objective(settings).to(device)
+    model.load_state_dict(read_state(checkpoint, device=device)["model"])
+    return model.eval(), settings
