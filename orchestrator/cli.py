@@ -1,0 +1,223 @@
+"""The `orchestrator` command. Exit codes: 0 done, 1 the run failed, 2 the request was wrong."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+# torch, Ray and MLflow are imported inside the commands: `--help` and a mistyped name must not wait for them.
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Make, check and describe datasets of Parquet shards.")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys to override.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the workers' own output.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    import click
+
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as error:
+        return error.exit_code
+    except (click.ClickException, typer.Abort) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else "aborted"
+        typer.echo(f"error: {message}", err=True)
+        return 2
+    except KeyboardInterrupt:
+        typer.echo("stopped; give the same command again to continue", err=True)
+        return 1
+
+
+@contextlib.contextmanager
+def _explained(debug: bool) -> Iterator[None]:
+    """Turn the errors that a user can cause into one sentence and an exit code."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        names = {cls.__name__ for cls in type(error).__mro__}
+        is_request = bool(names & {"ConfigError", "DataError", "PlanError"})
+        known = is_request or "TrainingError" in names or "EvaluationError" in names
+        text = " ".join(str(error).split())
+        typer.echo(f"error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}", err=True)
+        raise typer.Exit(2 if is_request else 1) from None
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+@app.command()
+def train(
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Pretrain: `orchestrator train anchor_ntxent_caltech data.uri=shards scaling.num_workers=2`."""
+    began = process_start()
+    with _explained(debug):
+        from orchestrator.load import load_experiment
+
+        loading = time.time()
+        loaded = load_experiment(experiment, overrides or [])
+        from orchestrator.train import Stopwatch
+        from orchestrator.train import train as run_training
+
+        watch = Stopwatch(began)
+        watch.timings |= {"startup/interpreter_s": loading - began, "startup/imports_s": time.time() - loading}
+        outcome = run_training(loaded, console=_console(), watch=watch, debug=debug)
+        typer.echo(last_line(outcome.run_id, outcome.address, outcome.metrics))
+
+
+def process_start() -> float:
+    """When this process began, seconds since the epoch: what a user calls the moment of the command."""
+    import psutil
+
+    return psutil.Process().create_time()
+
+
+def last_line(run_id: str, address: str, metrics: Any) -> str:
+    """What a run says at its end: run id, where to look, headline metric."""
+    if "eval/sga" in metrics:
+        headline = f"eval/sga {metrics['eval/sga']:.3f}"
+        if "eval/gap_r" in metrics:
+            headline += f", eval/gap_r {metrics['eval/gap_r']:.1f}"
+    else:
+        headline = f"train/loss {metrics.get('train/loss', float('nan')):.3f}"
+    return f"run {run_id}  {address}  {headline}"
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="MLflow run id, or run name.")],
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option("--data", help="Dataset to evaluate on; default: the run's own.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure SGA, RIGA and GAP-R of a run's model and log them to the same run."""
+    with _explained(debug):
+        from orchestrator.evaluate import evaluate_run
+
+        result = evaluate_run(run, overrides or [], data=data, tracking_uri=tracking_uri)
+        for key, value in sorted(result.metrics.items()):
+            typer.echo(f"{key}  {value:.4f}")
+        typer.echo(last_line(result.run_id, result.address, result.headline))
+
+
+@app.command()
+def experiments(
+    name: Annotated[str | None, typer.Argument(help="An experiment to describe, with all of its keys.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the experiments that come with the package, or every key of one with its value and meaning."""
+    with _explained(debug):
+        from orchestrator.load import list_experiments, load_experiment
+
+        if name is None:
+            for known, comment in list_experiments().items():
+                typer.echo(f"{known}\n    " + comment.replace("\n", "\n    "))
+            return
+        from orchestrator.spec import TrainExperiment
+        from workloads.config import describe, flatten
+
+        values = flatten(load_experiment(name))
+        for key, default, meaning in describe(TrainExperiment):
+            if key in values:
+                typer.echo(f"{key} = {values[key]}   [{default}]  {meaning}")
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for the scenes, shards and runs.")] = "demo-output",
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Draw scenes, shard them, pretrain a few minutes on this machine, and evaluate."""
+    began = process_start()
+    with _explained(debug):
+        from orchestrator.demo import run_demo
+
+        run_demo(output, overrides or [], began=began, console=_console(), debug=debug)
+
+
+@data_app.command("build")
+def data_build(
+    source: Annotated[str, typer.Option(help="folder or coco.")],
+    input: Annotated[str, typer.Option(help="Where the images are.")],
+    output: Annotated[str, typer.Option(help="Where the shards go: a folder or s3://bucket/prefix.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Convert images to Parquet shards with a manifest."""
+    with _explained(debug):
+        from orchestrator.ingest import build_dataset
+        from workloads.config import apply_overrides, build, parse_overrides
+        from workloads.data.shards import BuildConfig
+
+        given = {"source": {"kind": source, "path": input}, "output": output}
+        config = build(BuildConfig, apply_overrides(given, parse_overrides(overrides or [])))
+        with _counting("images") as progress:
+            manifest = build_dataset(config, progress=progress)
+        typer.echo(f"{manifest.num_images} images in {len(manifest.shards)} shards, manifest {manifest.sha256}")
+
+
+@contextlib.contextmanager
+def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, else a line every ten seconds."""
+    console = _console()
+    if not console.is_terminal:
+        shown = time.monotonic()
+
+        def plain(done: int, total: int) -> None:
+            nonlocal shown
+            if time.monotonic() - shown >= 10 or done == total:
+                shown = time.monotonic()
+                console.print(f"{what} {done}/{total}", highlight=False)
+
+        yield plain
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@data_app.command("verify")
+def data_verify(uri: Annotated[str, typer.Argument(help="Dataset.")], debug: Debug = False) -> None:
+    """Read every byte again: hashes, row counts, and whether every image decodes."""
+    with _explained(debug):
+        from orchestrator.ingest import verify_dataset
+
+        with _counting("images") as progress:
+            report = verify_dataset(uri, progress=progress)
+        typer.echo(report)
+
+
+@data_app.command("stats")
+def data_stats(uri: Annotated[str, typer.Argument(help="Dataset.")], debug: Debug = False) -> None:
+    """Counts, sizes and rejects of a dataset."""
+    with _explained(debug):
+        from orchestrator.ingest import dataset_stats
+
+        typer.echo(dataset_stats(uri))

@@ -1,0 +1,141 @@
+"""The local journal between training and the tracking server: written first, delivered later, in order, by one thread.
+
+The controller appends a line for every report; the driver, on the same machine, reads the file as it grows and hands
+the records to a sink. So a slow or dead tracking server never stops training, and what it missed is still in the file.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+"""`{"kind": "metrics", "step": …, "time_ms": …, "metrics": {…}}`, or kind `artifacts` (`folder`) or `tags` (`tags`)."""
+
+
+class Sink(Protocol):
+    """Where records go. `write` may raise and is then called again with the same records."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Deliver `records`; one that was delivered before must not count twice."""
+        ...
+
+
+class Journal:
+    """Appends records to a file, one line each; several processes may append to the same file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._torn():
+            self._write(b"\n")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one record; it is in the file, whatever becomes of this process, when this returns."""
+        self._write(json.dumps(record).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+    def _torn(self) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+
+
+class JournalReader:
+    """Reads complete lines from where it stopped last time."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._offset = 0
+
+    def read(self) -> list[Record]:
+        """The records appended since the last call; a line that a killed process left half-written is skipped."""
+        if not self.path.is_file():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        records = []
+        for line in whole.splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                if line.strip():
+                    logger.warning("journal %s: skipped a torn line of %d bytes", self.path.name, len(line))
+        return records
+
+
+class JournalDrain:
+    """One thread that delivers a journal's records to a sink, however often that takes, until it is closed."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        sink: Sink,
+        *,
+        poll_s: float = 0.5,
+        first_retry_s: float = 0.5,
+        last_retry_s: float = 30.0,
+    ) -> None:
+        self._reader = JournalReader(path)
+        self._sink = sink
+        self._poll_s = poll_s
+        self._first_retry_s = first_retry_s
+        self._last_retry_s = last_retry_s
+        self._pending: list[Record] = []
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._run, name="journal-drain", daemon=True)
+        self.last_error: Exception | None = None
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        self._thread.start()
+
+    def close(self, *, timeout_s: float = 60.0) -> int:
+        """Deliver what is left, for at most `timeout_s`; returns how many records stayed behind in the journal."""
+        self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        with contextlib.suppress(RuntimeError):  # never started
+            self._thread.join(timeout_s + 5.0)
+        return len(self._pending) + len(self._reader.read())
+
+    def _run(self) -> None:
+        delay = self._first_retry_s
+        while True:
+            closing = self._closing.is_set()
+            self._pending += self._reader.read()
+            if self._pending:
+                try:
+                    self._sink.write(self._pending)
+                    self._pending = []
+                    self.last_error = None
+                    delay = self._first_retry_s
+                except Exception as error:
+                    if self.last_error is None:
+                        logger.warning("tracking: not delivered, will try again: %s", error)
+                    self.last_error = error
+            if closing and (not self._pending or time.monotonic() > self._deadline):
+                return
+            if self._pending:
+                time.sleep(min(delay, max(0.0, self._deadline - time.monotonic())))
+                delay = min(2 * delay, self._last_retry_s)
+            else:
+                self._closing.wait(self._poll_s)

@@ -1,0 +1,34 @@
+"""What the Ray Train controller does with a report: one line in the journal."""
+
+from typing import Any
+
+import ray.train
+
+from orchestrator.journal import Journal
+
+_NOT_METRICS = ("step", "time_ms", "artifacts")
+
+
+class JournalCallback(ray.train.UserCallback):
+    """Runs in the controller's process, on the driver's machine; rank 0's metrics count."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._journal: Journal | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Append rank 0's report."""
+        if self._journal is None:
+            self._journal = Journal(self._path)
+        for record in records_of(metrics[0]):
+            self._journal.append(record)
+
+
+def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A worker's flat report as journal records."""
+    stamp = {"step": report["step"], "time_ms": report["time_ms"]}
+    metrics = {key: value for key, value in report.items() if key not in _NOT_METRICS}
+    records: list[dict[str, Any]] = [{"kind": "metrics", **stamp, "metrics": metrics}] if metrics else []
+    if "artifacts" in report:
+        records.append({"kind": "artifacts", **stamp, "folder": report["artifacts"]})
+    return records

@@ -1,0 +1,84 @@
+"""From an experiment's name or file, plus `key=value` arguments, to a validated experiment."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml
+
+if TYPE_CHECKING:
+    from orchestrator.spec import TrainExperiment
+
+EXPERIMENTS = Path(__file__).with_name("experiments")
+
+
+def list_experiments() -> dict[str, str]:
+    """Name → the comment that opens the file, for every experiment that ships with the package."""
+    return {path.stem: _opening_comment(path) for path in sorted(EXPERIMENTS.glob("*.yaml"))}
+
+
+def _opening_comment(path: Path) -> str:
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return "\n".join(lines)
+
+
+def find_experiment(name: str) -> Path:
+    """The file of an experiment given by name or by path.
+
+    Raises:
+        ConfigError: there is no such experiment; the message names the nearest.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: no such experiment file")
+        return Path(name)
+    path = EXPERIMENTS / f"{name}.yaml"
+    if path.is_file():
+        return path
+    known = list(list_experiments())
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    raise ConfigError(
+        f"{name}: no such experiment" + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}")
+    )
+
+
+def load_experiment(name: str, arguments: Sequence[str] = ()) -> "TrainExperiment":
+    """Read, override, validate, and make local paths absolute, because workers run in other folders.
+
+    Raises:
+        ConfigError: one sentence with the dotted key and how to mend it.
+    """
+    overrides = parse_overrides(arguments)
+    data = apply_overrides(read_yaml(find_experiment(name)), overrides)
+    from orchestrator.spec import TrainExperiment  # late: it imports torch, a wrong name should not wait for that
+
+    return absolute_paths(build(TrainExperiment, data))
+
+
+def absolute_paths(experiment: "TrainExperiment") -> "TrainExperiment":
+    """The experiment with every `uri`, `path` and `init_from` that names a local file made absolute."""
+    return _absolute(experiment)
+
+
+def _absolute(block: Any) -> Any:
+    if not dataclasses.is_dataclass(block) or isinstance(block, type):
+        return block
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        if field.name in ("uri", "path", "init_from", "cache_dir") and isinstance(value, str):
+            changes[field.name] = absolute_uri(value)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = _absolute(value)
+    return dataclasses.replace(block, **changes)
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` itself if it has a scheme, else the absolute path it means."""
+    return uri if "://" in uri or not uri else str(Path(uri).expanduser().absolute())

@@ -1,0 +1,84 @@
+"""The trained model as MLflow keeps it: weights as plain tensors and the code that reads them, nothing pickled.
+
+MLflow's default for torch, a traced graph, is bound to the batch size of its example. This form takes any number of
+images of any size that is a multiple of 32, and loading it runs no code but `workloads`' own, which travels with it.
+"""
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+MODEL_NAME = "model"
+_REQUIREMENTS = ("mlflow", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "torch", "torchvision")
+
+
+def log_checkpoint(checkpoint: Path, *, run_id: str, uri: str, step: int) -> str:
+    """Log the networks of `checkpoint` as the LoggedModel of run `run_id`; returns the model's URI."""
+    import logging
+
+    import mlflow
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    import workloads
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    mlflow.set_tracking_uri(uri)
+    images = TensorSpec(np.dtype("float32"), (-1, 3, -1, -1), name="images")
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        weights = Path(folder, "checkpoint")
+        write_weights(checkpoint, weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # hints about signatures that are given here
+            info = mlflow.pyfunc.log_model(
+                name=MODEL_NAME,
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                artifacts={"checkpoint": str(weights)},
+                code_paths=[str(Path(str(workloads.__file__)).parent)],
+                signature=ModelSignature(inputs=Schema([images])),
+                pip_requirements=_pinned(),
+                step=step,
+            )
+    return str(info.model_uri)
+
+
+def _pinned() -> list[str]:
+    from importlib.metadata import version
+
+    return [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]
+
+
+def write_weights(checkpoint: Path, target: Path) -> None:
+    """Copy `checkpoint` without the optimiser's state, which is two thirds of it and of no use to a model's reader."""
+    import shutil
+
+    import torch
+
+    from workloads.checkpoint import CONFIG, META, STATE, read_state
+
+    target.mkdir(parents=True)
+    state = read_state(checkpoint)
+    torch.save({"model": state["model"], "step": state["step"]}, target / STATE)
+    for name in (CONFIG, META):
+        shutil.copy2(checkpoint / name, target / name)
+
+
+def fetch_weights(run_id: str, *, client: Any, folder: Path) -> Path | None:
+    """The newest LoggedModel's checkpoint folder of a run, downloaded into `folder`; None if it has no model."""
+    import mlflow
+
+    run = client.get_run(run_id)
+    found = client.search_logged_models(
+        [run.info.experiment_id],
+        filter_string=f"source_run_id = '{run_id}'",
+        order_by=[{"field_name": "creation_timestamp", "ascending": False}],
+        max_results=1,
+    )
+    if not found:
+        return None
+    local = mlflow.artifacts.download_artifacts(
+        f"{found[0].model_uri}/artifacts/checkpoint", dst_path=str(folder), tracking_uri=client.tracking_uri
+    )
+    return Path(local)

@@ -1,0 +1,122 @@
+"""How far a run is, from the worker's step to the driver's terminal.
+
+The worker's step only leaves its newest line in a slot; a thread publishes the slot through Ray's own key-value store
+twice a second. That costs no extra actor, and nothing that a training step waits for.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+_NAMESPACE = "orchestrator"
+_PERIOD_S = 0.5
+
+
+class ProgressPublisher:
+    """The worker's side; progress is best effort, so what goes wrong in publishing is dropped."""
+
+    def __init__(self, key: str) -> None:
+        self._key = f"progress/{key}"
+        self._line: dict[str, Any] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._thread.start()
+
+    def put(self, line: Mapping[str, float], *, step: int, total_steps: int) -> None:
+        """Leave the newest line; never blocks."""
+        self._line = {"step": step, "total_steps": total_steps, **line}
+
+    def close(self) -> None:
+        """Publish the last line and stop."""
+        self._stop.set()
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        while True:
+            stopping = self._stop.wait(_PERIOD_S)
+            line, self._line = self._line, None
+            if line is not None:
+                with contextlib.suppress(Exception):
+                    _internal_kv_put(self._key, json.dumps(line), namespace=_NAMESPACE)
+            if stopping:
+                return
+
+
+class ProgressWatcher:
+    """The driver's side: a bar on a terminal, else a plain line now and then."""
+
+    def __init__(self, key: str, *, console: Any, plain_every_s: float = 10.0) -> None:
+        self._key = f"progress/{key}"
+        self._console = console
+        self._plain_every_s = plain_every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress-watch", daemon=True)
+
+    def __enter__(self) -> "ProgressWatcher":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(3.0)
+
+    def _watch(self) -> None:
+        show = self._watch_bar if self._console.is_terminal else self._watch_plain
+        with contextlib.suppress(Exception):  # a display must never end a run
+            show()
+
+    def _newest(self) -> dict[str, Any] | None:
+        import ray
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        if not ray.is_initialized():
+            return None
+        text = _internal_kv_get(self._key, namespace=_NAMESPACE)
+        return json.loads(text) if text else None
+
+    def _watch_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
+        with Progress(TextColumn("train"), *columns, console=self._console, refresh_per_second=2) as bar:
+            task = bar.add_task("train", total=None, line="starting workers …")
+            stopping = False
+            while not stopping:
+                stopping = self._stop.wait(_PERIOD_S)
+                newest = self._newest()
+                if newest:
+                    bar.update(task, completed=newest["step"], total=newest["total_steps"], line=format_line(newest))
+
+    def _watch_plain(self) -> None:
+        shown_step, shown_at = -1, float("-inf")
+        stopping = False
+        while not stopping:
+            stopping = self._stop.wait(_PERIOD_S)
+            newest = self._newest()
+            if newest is None or newest["step"] == shown_step:
+                continue
+            if stopping or time.monotonic() - shown_at >= self._plain_every_s:
+                shown_step, shown_at = newest["step"], time.monotonic()
+                line = f"step {newest['step']}/{newest['total_steps']}  {format_line(newest)}"
+                self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def format_line(line: Mapping[str, Any]) -> str:
+    """Loss, images/s and the share of time spent waiting for data, as far as `line` has them."""
+    short = {key.rpartition("/")[2]: value for key, value in line.items()}
+    parts = []
+    if "loss" in short:
+        parts.append(f"loss {short['loss']:.3f}")
+    if "images_per_s" in short:
+        parts.append(f"{short['images_per_s']:.0f} images/s")
+    if "data_wait_share" in short:
+        parts.append(f"data wait {short['data_wait_share']:.0%}")
+    return "  ".join(parts)

@@ -1,0 +1,89 @@
+"""A run's identity: its name in the storage belongs to one configuration, for good."""
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as arrow_fs
+
+from orchestrator.spec import TrainExperiment
+from workloads.config import ConfigError, config_hash, flatten
+from workloads.data.manifest import DataError, resolve_uri
+
+_RECORD = "run.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run's place in the storage."""
+
+    name: str
+    claim: str  # made once, when the name is first used; the tracking server's run carries it as a tag
+    config_sha256: str
+    filesystem: arrow_fs.FileSystem
+    storage_path: str  # on `filesystem`; the run's folder is <storage_path>/<name>
+
+    @property
+    def folder(self) -> str:
+        """The run's folder on `filesystem`."""
+        return f"{self.storage_path}/{self.name}"
+
+
+def open_storage(uri: str) -> tuple[arrow_fs.FileSystem, str]:
+    """The filesystem that holds `uri`, and the path on it.
+
+    Raises:
+        ConfigError: storage.path is not a local folder or s3:// address that can be opened.
+    """
+    try:
+        return resolve_uri(uri)
+    except DataError as error:
+        raise ConfigError(f"storage.path: {error}") from None
+
+
+def run_name(experiment: TrainExperiment) -> str:
+    """The run's name: the one asked for, else the experiment's name and the beginning of its config's hash."""
+    return experiment.tracking.run_name or f"{experiment.name}-{config_hash(experiment.science)[:8]}"
+
+
+def claim_run(experiment: TrainExperiment) -> Run:
+    """Take the run's name in the storage, or take it up again if the same configuration holds it.
+
+    Raises:
+        ConfigError: the name belongs to another configuration (the message names the keys), or nothing can be written.
+    """
+    filesystem, path = open_storage(experiment.storage.path)
+    name, digest = run_name(experiment), config_hash(experiment.science)
+    stored = _read(filesystem, f"{path}/{name}/{_RECORD}")
+    if stored is None:
+        stored = {"claim": uuid.uuid4().hex, "config_sha256": digest, "config": flatten(experiment.science)}
+        _write(filesystem, f"{path}/{name}", stored, uri=experiment.storage.path)
+    elif stored["config_sha256"] != digest:
+        changed = ", ".join(_differing_keys(stored["config"], flatten(experiment.science)))
+        raise ConfigError(
+            f"tracking.run_name: run {name!r} already exists with another configuration (differs in {changed}); "
+            "choose another name, or give those keys their old values to continue it"
+        )
+    return Run(name=name, claim=stored["claim"], config_sha256=digest, filesystem=filesystem, storage_path=path)
+
+
+def _differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    fresh = json.loads(json.dumps(new))
+    return sorted(key for key in old.keys() | fresh.keys() if old.get(key) != fresh.get(key))
+
+
+def _read(filesystem: arrow_fs.FileSystem, path: str) -> dict[str, Any] | None:
+    if filesystem.get_file_info(path).type != arrow_fs.FileType.File:
+        return None
+    with filesystem.open_input_stream(path) as stream:
+        return json.loads(stream.read())
+
+
+def _write(filesystem: arrow_fs.FileSystem, folder: str, record: dict[str, Any], *, uri: str) -> None:
+    try:
+        filesystem.create_dir(folder, recursive=True)
+        with filesystem.open_output_stream(f"{folder}/{_RECORD}") as stream:
+            stream.write(json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise ConfigError(f"storage.path: {uri} is not writable: {error}") from None

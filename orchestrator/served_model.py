@@ -1,0 +1,31 @@
+"""What MLflow runs to load and call a logged model: images in, pyramid embeddings out."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow.models
+import numpy as np
+import torch
+from mlflow.pyfunc import PythonModel
+
+from workloads.spec import load_model
+
+
+class PyramidModel(PythonModel):
+    """Embeds every grid cell of full images; `module` is the network itself, for whoever wants crops embedded."""
+
+    module: Any
+
+    def load_context(self, context: Any) -> None:
+        """Read the weights."""
+        self.module, self.settings = load_model(Path(context.artifacts["checkpoint"]))
+
+    def predict(self, context: Any, model_input: Any, params: Any = None) -> dict[str, np.ndarray]:
+        """Images float32 (B, 3, h, w) in [0, 1] → level name → float32 (B, C, h / stride, w / stride)."""
+        images = model_input["images"] if isinstance(model_input, dict) else model_input
+        with torch.inference_mode():
+            pyramid = self.module.embed_grid(torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)))
+        return {level: cells.float().numpy() for level, cells in pyramid.items()}
+
+
+mlflow.models.set_model(PyramidModel())
