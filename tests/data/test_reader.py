@@ -196,7 +196,7 @@ def test_too_many_undecodable_rows_fail_the_run_and_name_them(tmp_path, monkeypa
 def test_real_images_with_boxes(tmp_path):
     coco = SHARED / "coco"
     source = CocoSourceConfig(
-        images=str(coco / "val2017"), annotations=str(coco / "annotations" / "instances_val2017.json")
+        inputs=(str(coco / "val2017"),), annotations=str(coco / "annotations" / "instances_val2017.json")
     )
     manifest = build_dataset(BuildConfig(source=source, output=str(tmp_path), short_side=64))
     assert manifest.num_images == 128

@@ -6,17 +6,25 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from orchestrator import ingest
-from orchestrator.ingest import build_dataset
+from orchestrator.ingest import build_dataset, build_parts
 from tests.data.images import encoded, make_folder, picture
 from workloads.config import ConfigError, build
 from workloads.data.manifest import DataError, Manifest, open_dataset
 from workloads.data.reader import read_annotations
 from workloads.data.shards import BuildConfig
-from workloads.data.sources import CocoSourceConfig, FolderSourceConfig
+from workloads.data.sources import (
+    CaltechSourceConfig,
+    CocoSourceConfig,
+    FolderSourceConfig,
+    ParquetSourceConfig,
+    VocSourceConfig,
+)
 
 
 def folder_build(source: Path, output: Path, **options) -> BuildConfig:
@@ -44,21 +52,152 @@ def test_a_rebuild_elsewhere_is_identical(source, tmp_path):
 
 def test_a_killed_build_shows_no_dataset_and_ends_the_same(source, tmp_path, monkeypatch):
     whole = build_dataset(folder_build(source, tmp_path / "whole", **SMALL))
-    write_one = ingest._write_one
+    run_task = ingest.run_task
+    ran = []
 
-    def killed_at_the_third(build, index, *rest):
-        if index == 2:
+    def killed_at_the_third(task):
+        if task.index == 2:
             raise KeyboardInterrupt
-        return write_one(build, index, *rest)
+        return run_task(task)
 
     config = folder_build(source, tmp_path / "killed", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(ingest, "_write_one", killed_at_the_third)
+        patch.setattr(ingest, "run_task", killed_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             build_dataset(config)
     with pytest.raises(DataError, match=r"manifest\.json.*orchestrator data build"):
         open_dataset(config.output)
+    write_shard = ingest.write_shard
+    monkeypatch.setattr(ingest, "write_shard", lambda *rest, **named: (ran.append(1), write_shard(*rest, **named))[1])
     assert build_dataset(config).sha256 == whole.sha256
+    assert len(ran) == 2  # the first two stood
+    assert not (tmp_path / "killed" / "_build").exists()
+
+
+def test_an_existing_dataset_is_kept_or_replaced_on_request(source, tmp_path):
+    config = folder_build(source, tmp_path / "out", **SMALL)
+    first = build_dataset(config)
+    stamp = (tmp_path / "out" / "shard-000000.parquet").stat().st_mtime_ns
+    assert build_dataset(config).sha256 == first.sha256
+    assert (tmp_path / "out" / "shard-000000.parquet").stat().st_mtime_ns == stamp
+    with pytest.raises(DataError, match=r"holds another dataset.*overwrite=true"):
+        build_dataset(folder_build(source, tmp_path / "out", seed=5))
+    second = build_dataset(folder_build(source, tmp_path / "out", seed=5, overwrite=True))
+    assert open_dataset(str(tmp_path / "out")).manifest.sha256 == second.sha256 != first.sha256
+    assert sorted(path.name for path in (tmp_path / "out").glob("shard-*")) == ["shard-000000.parquet"]
+
+
+def test_train_and_val_share_no_id_and_no_content(source, tmp_path):
+    for index in range(8):  # copies of images that may fall on the other side
+        (source / f"copy_{index}.jpg").write_bytes((source / "class_0" / f"{index:03d}.jpg").read_bytes())
+    config = folder_build(source, tmp_path / "out", val_share=0.3)
+    manifests = build_parts(config)
+    train, val = (read_images(tmp_path / "out" / part) for part in ("train", "val"))
+    assert len(train) == manifests["train"].num_images
+    assert not train.keys() & val.keys()
+    assert not set(train.values()) & set(val.values())
+    assert len(train) + len(val) == 32
+    assert 3 <= len(val) <= 17
+    assert build_parts(config) == manifests
+
+
+def read_images(folder: Path) -> dict[str, bytes]:
+    rows = [row for path in folder.glob("shard-*.parquet") for row in pq.read_table(path).to_pylist()]
+    return {row["image_id"]: row["image"]["bytes"] for row in rows}
+
+
+def test_ray_data_builds_the_same_dataset(source, tmp_path):
+    ray = pytest.importorskip("ray")
+    here = build_dataset(folder_build(source, tmp_path / "here", **SMALL))
+    told = []
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        config = folder_build(source, tmp_path / "ray", **SMALL)
+        there = build_dataset(config, on_ray=True, progress=lambda done, total: told.append((done, total)))
+    finally:
+        ray.shutdown()
+    assert there.sha256 == here.sha256
+    assert told[-1] == (32, 32)
+    assert len(told) == 4
+
+
+def test_voc(tmp_path):
+    root = tmp_path / "VOC2007"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    xml = "<annotation>{}</annotation>"
+    item = (
+        "<object><name>dog</name><difficult>{}</difficult>"
+        "<bndbox><xmin>1</xmin><ymin>11</ymin><xmax>20</xmax><ymax>40</ymax></bndbox></object>"
+    )
+    for index, text in enumerate([item.format(0) + item.format(1), ""]):
+        (root / "JPEGImages" / f"00000{index}.jpg").write_bytes(encoded(picture(index)))
+        (root / "Annotations" / f"00000{index}.xml").write_text(xml.format(text))
+    (root / "ImageSets" / "Main" / "trainval.txt").write_text("000000\n000001\n")
+    build_dataset(BuildConfig(source=VocSourceConfig(inputs=(str(root),)), output=str(tmp_path / "out")))
+    found = read_annotations(open_dataset(str(tmp_path / "out")))
+    assert found["000000"].boxes_xyxy.tolist() == [[0, 10, 20, 40]] * 2
+    assert found["000000"].difficult.tolist() == [False, True]
+    assert found["000001"].categories == ()
+    with pytest.raises(DataError, match=r"ImageSets/Main/val\.txt"):
+        source = VocSourceConfig(inputs=(str(root),), image_set="val")
+        build_dataset(BuildConfig(source=source, output=str(tmp_path / "out")))
+
+
+def test_caltech101(tmp_path):
+    savemat = pytest.importorskip("scipy.io").savemat
+    images, annotations = tmp_path / "101_ObjectCategories", tmp_path / "Annotations"
+    for number, (label, folder) in enumerate([("ant", "ant"), ("Faces", "Faces_2"), ("BACKGROUND_Google", "")]):
+        (images / label).mkdir(parents=True)
+        (images / label / "image_0001.jpg").write_bytes(encoded(picture(number)))
+        if folder:
+            (annotations / folder).mkdir(parents=True)
+            savemat(annotations / folder / "annotation_0001.mat", {"box_coord": [[3, 30, 11, 50]]})
+    source = CaltechSourceConfig(inputs=(str(images),), annotations=str(annotations))
+    manifest = build_dataset(BuildConfig(source=source, output=str(tmp_path / "out")))
+    found = read_annotations(open_dataset(str(tmp_path / "out")))
+    assert found["Faces/image_0001.jpg"].boxes_xyxy.tolist() == [[10, 2, 50, 30]]
+    assert found["ant/image_0001.jpg"].categories == ("ant",)
+    assert found["BACKGROUND_Google/image_0001.jpg"].boxes_xyxy.shape == (0, 4)
+    assert manifest.source["classes"] == 2
+
+
+@pytest.mark.parametrize("form", ["struct", "binary"])
+def test_existing_parquet(tmp_path, form):
+    data = [encoded(picture(index)) for index in range(9)] + [None]
+    images = data if form == "binary" else [value and {"bytes": value, "path": None} for value in data]
+    table = pa.table({"picture": images, "name": [f"n{i}" for i in range(9)] + ["n0"], "label": list(range(10))})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table.slice(0, 6), tmp_path / "in" / "a.parquet", row_group_size=4)
+    pq.write_table(table.slice(6), tmp_path / "in" / "b.parquet", row_group_size=2)
+    source = ParquetSourceConfig(inputs=(str(tmp_path / "in"),), image_column="picture", id_column="name")
+    manifest = build_dataset(BuildConfig(source=source, output=str(tmp_path / "out")))
+    assert read_images(tmp_path / "out") == {f"n{i}": data[i] for i in range(9)}
+    assert read_annotations(open_dataset(str(tmp_path / "out")))["n4"].label == "4"
+    rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert rejects == [{"path": "b.parquet#3", "image_id": "n0", "reason": "image id repeated"}]
+    assert manifest.num_images == 9
+    with pytest.raises(DataError, match="no column 'image'"):
+        bad = ParquetSourceConfig(inputs=(str(tmp_path / "in"),))
+        build_dataset(BuildConfig(source=bad, output=str(tmp_path / "other")))
+
+
+def test_our_own_shards_are_a_source_too(source, tmp_path):
+    build_dataset(folder_build(source, tmp_path / "first", **SMALL))
+    again = ParquetSourceConfig(inputs=(str(tmp_path / "first"),))
+    build_dataset(BuildConfig(source=again, output=str(tmp_path / "second"), seed=9))
+    assert read_images(tmp_path / "first") == read_images(tmp_path / "second")
+
+
+def test_statistics_are_those_of_the_pixels(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index, level in enumerate((0, 255)):
+        image = Image.new("RGB", (40 + 100 * index, 40), (level, 51, 0))
+        (tmp_path / "images" / f"{index}.png").write_bytes(encoded(image, "PNG"))
+    statistics = build_dataset(folder_build(tmp_path / "images", tmp_path / "out")).statistics
+    assert statistics["longer_sides"] == {"64": 1, "256": 1}
+    assert statistics["channel_mean"][1:] == [0.2, 0.0]
+    assert statistics["channel_std"][1:] == [0.0, 0.0]
 
 
 def test_rows_are_mixed_over_row_groups(tmp_path):
@@ -135,14 +274,15 @@ def test_coco_objects_scale_with_their_image(tmp_path):
         "categories": [{"id": 3, "name": "cat"}],
     }
     (tmp_path / "instances.json").write_text(json.dumps(annotations))
-    source = CocoSourceConfig(images=str(tmp_path / "images"), annotations=str(tmp_path / "instances.json"))
+    source = CocoSourceConfig(inputs=(str(tmp_path / "images"),), annotations=str(tmp_path / "instances.json"))
     manifest = build_dataset(BuildConfig(source=source, output=str(tmp_path / "out"), short_side=20))
     found = read_annotations(open_dataset(str(tmp_path / "out")))
     assert found["7"].boxes_xyxy.tolist() == [[5, 10, 20, 18]]
     assert found["7"].categories == ("cat",)
     assert found["7"].crowd.tolist() == [True]
     assert found["9"].boxes_xyxy.shape == (0, 4)
-    assert manifest.source == {"kind": "coco", "listed": 3, "rejected": 1, "categories": {"cat": 3}}
+    assert manifest.source["categories"] == {"cat": 3}
+    assert (manifest.source["listed"], manifest.source["rejected"]) == (3, 1)
 
 
 def test_several_folders_become_one_dataset(tmp_path):
@@ -175,7 +315,7 @@ def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         build_dataset(folder_build(tmp_path / "gone", tmp_path / "out"))
     (tmp_path / "bare").mkdir()
-    with pytest.raises(DataError, match="holds no files"):
+    with pytest.raises(DataError, match="holds no images"):
         build_dataset(folder_build(tmp_path / "bare", tmp_path / "out"))
     (tmp_path / "bare" / "a.jpg").write_bytes(b"words")
     with pytest.raises(DataError, match="none of the 1 files"):

@@ -5,13 +5,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+
+from workloads.data.filesystems import DataError, read_bytes, resolve_uri
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -22,9 +23,7 @@ ROW_GROUPS_SCHEMA = pa.schema(
 )
 _HOW_TO_BUILD = "build the dataset with `orchestrator data build`"
 
-
-class DataError(Exception):
-    """The data is not what it should be; the message names the file or row and how to mend it."""
+__all__ = ["DataError", "Dataset", "FileEntry", "Manifest", "RowGroups", "open_dataset", "resolve_uri"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,27 +125,6 @@ class Dataset:
     def shard_path(self, shard: int) -> str:
         """Path of shard number `shard` inside the file system."""
         return f"{self.root}/{self.manifest.shards[shard].name}"
-
-
-def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system and the path within it that a local path or a URI (`s3://bucket/prefix`) stands for.
-
-    Raises:
-        DataError: the URI's scheme is unknown, or its service cannot be reached as configured.
-    """
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{uri}: cannot be opened ({error}); give a folder or an s3:// URI") from None
-    return filesystem, path.rstrip("/")
-
-
-def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
-    """The whole of one file."""
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
 
 
 def open_dataset(uri: str) -> Dataset:

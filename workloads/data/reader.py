@@ -54,7 +54,8 @@ class Annotations:
     size_hw: tuple[int, int]  # pixels, upright
     boxes_xyxy: np.ndarray  # float32 (n, 4), pixels of the upright source image
     categories: tuple[str, ...]
-    crowd: np.ndarray  # bool (n,)
+    crowd: np.ndarray  # bool (n,): COCO's flag
+    difficult: np.ndarray  # bool (n,): VOC's flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +207,7 @@ def read_annotations(dataset: Dataset) -> dict[str, Annotations]:
                 boxes_xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
                 categories=tuple(item["category"] for item in objects),
                 crowd=np.array([item["crowd"] for item in objects], dtype=bool),
+                difficult=np.array([bool(item.get("difficult")) for item in objects], dtype=bool),
             )
     return found
 

@@ -6,14 +6,14 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from workloads.config import config
@@ -47,6 +47,7 @@ _FEATURES: dict[str, Any] = {
             "bbox": {"feature": {"dtype": "float32", **_VALUE}, "_type": "Sequence"},
             "category": {"dtype": "string", **_VALUE},
             "crowd": {"dtype": "bool", **_VALUE},
+            "difficult": {"dtype": "bool", **_VALUE},
         }
     ],
 }
@@ -67,18 +68,18 @@ class BuildConfig:
     """Bytes of encoded images after which a row group is closed: the unit of reading, shuffling and resuming."""
     short_side: PositiveInt | None = None
     """Shrink images to this shorter side, pixels, and encode them as JPEG; none: bytes are kept as they are."""
-    quality: int = field(default=90)
+    quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality where images are encoded again, 1 to 100."""
     max_pixels: PositiveInt = MAX_PIXELS
     """Images of more pixels are rejected."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality={self.quality}: must be from 1 to 100")
+    val_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the images, by a hash of their ids, that goes to a dataset `val` beside `train`, both under `output`."""
+    overwrite: bool = False
+    """Whether another dataset at `output` may be replaced."""
 
     def describe(self) -> dict[str, Any]:
         """What the manifest keeps: all that decides the dataset's bytes, without paths."""
-        names = ("seed", "rows_per_shard", "row_group_bytes", "short_side", "quality", "max_pixels")
+        names = ("seed", "rows_per_shard", "row_group_bytes", "short_side", "quality", "max_pixels", "val_share")
         return {name: getattr(self, name) for name in names}
 
 
@@ -92,28 +93,99 @@ class ShardResult:
     paths: tuple[str, ...]  # of the rows written
     digests: tuple[bytes, ...]  # SHA-256 of each row's source bytes
     rejects: tuple[tuple[str, str, str], ...]  # (path, image_id, reason)
-    num_bytes: int  # of encoded images
+    statistics: "ShardStatistics"
 
     @property
     def rows(self) -> int:
         """Number of rows written."""
         return len(self.paths)
 
+    def to_json(self) -> str:
+        """The result as text from which `from_json` makes it again."""
+        return json.dumps({**asdict(self), "digests": [digest.hex() for digest in self.digests]})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "ShardResult":
+        """What `to_json` wrote."""
+        data = json.loads(text)
+        return cls(
+            size=data["size"],
+            sha256=data["sha256"],
+            row_groups=tuple(tuple(group) for group in data["row_groups"]),
+            paths=tuple(data["paths"]),
+            digests=tuple(bytes.fromhex(digest) for digest in data["digests"]),
+            rejects=tuple(tuple(reject) for reject in data["rejects"]),
+            statistics=ShardStatistics(**data["statistics"]),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardStatistics:
+    """Sums over a shard's images; whole numbers, so that they add up alike in any order."""
+
+    num_bytes: int = 0  # of encoded images
+    samples: int = 0  # pixels that entered the sums, a grid of at most about 64x64 an image
+    channel_sum: list[int] = field(default_factory=lambda: [0, 0, 0])
+    channel_square_sum: list[int] = field(default_factory=lambda: [0, 0, 0])
+    longer_sides: dict[str, int] = field(default_factory=dict)  # upper bound of the bin, pixels → images
+
+    def add(self, other: "ShardStatistics") -> None:
+        """Add the images of `other`."""
+        self.num_bytes += other.num_bytes
+        self.samples += other.samples
+        self.channel_sum = [a + b for a, b in zip(self.channel_sum, other.channel_sum, strict=True)]
+        squares = zip(self.channel_square_sum, other.channel_square_sum, strict=True)
+        self.channel_square_sum = [a + b for a, b in squares]
+        for side, count in other.longer_sides.items():
+            self.longer_sides[side] = self.longer_sides.get(side, 0) + count
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says: channel mean and standard deviation in [0, 1], and images by longer side, pixels."""
+        means = [total / max(1, self.samples) for total in self.channel_sum]
+        squares = [total / max(1, self.samples) for total in self.channel_square_sum]
+        deviations = [max(0.0, square - mean * mean) ** 0.5 for mean, square in zip(means, squares, strict=True)]
+        return {
+            "channel_mean": [round(mean / 255, 6) for mean in means],
+            "channel_std": [round(deviation / 255, 6) for deviation in deviations],
+            "longer_sides": dict(sorted(self.longer_sides.items(), key=lambda item: int(item[0]))),
+        }
+
 
 class Reject(Exception):
     """This image is left out; the message is the reason."""
 
 
+def split_rows(listing: pa.Table, *, val_share: float) -> dict[str, pa.Table]:
+    """Deal a listing out to `train` and `val` by a hash of each image id; without a share, all of it under ""."""
+    if not val_share:
+        return {"": listing}
+    keys = np.array([_hash64(f"split:{image_id}") for image_id in listing["image_id"].to_pylist()], dtype=np.uint64)
+    is_val = keys < np.uint64(val_share * 2**64)
+    return {"train": listing.filter(pa.array(~is_val)), "val": listing.filter(pa.array(is_val))}
+
+
+def without_repeated_ids(listing: pa.Table) -> tuple[pa.Table, tuple[tuple[str, str, str], ...]]:
+    """The listing with the first row only of each image id, and the others as rejects (path, image_id, reason)."""
+    ids = listing["image_id"].to_pylist()
+    if len(set(ids)) == len(ids):
+        return listing, ()
+    places: dict[str, int] = {}
+    first = np.array([places.setdefault(image_id, place) == place for place, image_id in enumerate(ids)])
+    repeated = listing.filter(pa.array(~first))
+    pairs = zip(repeated["path"].to_pylist(), repeated["image_id"].to_pylist(), strict=True)
+    return listing.filter(pa.array(first)), tuple((path, image_id, "image id repeated") for path, image_id in pairs)
+
+
 def place_rows(listing: pa.Table, *, seed: int, rows_per_shard: int) -> list[pa.Table]:
     """Deal a listing out to shards by a hash of (seed, path): the same whatever the order of the listing."""
     paths = listing["path"].to_pylist()
-    keys = np.array([_place(seed, path) for path in paths], dtype=np.uint64)
+    keys = np.array([_hash64(f"{seed}:{path}") for path in paths], dtype=np.uint64)
     order = np.argsort(keys, kind="stable")
     return [listing.take(order[start : start + rows_per_shard]) for start in range(0, len(order), rows_per_shard)]
 
 
-def _place(seed: int, path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest(), "little")
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
 
 
 def write_shard(
@@ -131,6 +203,9 @@ def write_shard(
         read: bytes of a location.
         excluded: paths that hold the same bytes as an image elsewhere.
         threads: how many images are prepared side by side.
+
+    Raises:
+        OSError: the sink cannot be written to. What is wrong with an image is a reject, not an error.
     """
     hashing = _HashingSink(sink)
     written = _Written()
@@ -165,7 +240,7 @@ def write_shard(
         paths=tuple(written.paths),
         digests=tuple(written.digests),
         rejects=tuple(written.rejects),
-        num_bytes=written.num_bytes,
+        statistics=written.statistics,
     )
 
 
@@ -185,7 +260,7 @@ class _Written:
     paths: list[str] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     rejects: list[tuple[str, str, str]] = field(default_factory=list)
-    num_bytes: int = 0
+    statistics: ShardStatistics = field(default_factory=ShardStatistics)
 
 
 @dataclass(slots=True)
@@ -193,6 +268,7 @@ class _Prepared:
     row: dict[str, Any]
     digest: bytes
     size: int
+    statistics: ShardStatistics
 
 
 def _row_groups(
@@ -207,7 +283,7 @@ def _row_groups(
             continue
         written.paths.append(path)
         written.digests.append(item.digest)
-        written.num_bytes += item.size
+        written.statistics.add(item.statistics)
         group.append(item.row)
         size += item.size
         if size >= row_group_bytes:
@@ -247,7 +323,22 @@ def _prepare(
         "label": row["label"],
         "objects": _scaled(row["objects"], scale),
     }
-    return _Prepared(row=stored, digest=digest, size=len(data))
+    return _Prepared(
+        row=stored, digest=digest, size=len(data), statistics=_statistics(image, (height, width), len(data))
+    )
+
+
+def _statistics(image: Tensor, stored_hw: tuple[int, int], num_bytes: int) -> ShardStatistics:
+    stride = max(1, min(image.shape[1:]) // 64)
+    samples = image[:, ::stride, ::stride].numpy().astype(np.int64).reshape(3, -1)
+    longer_side = str(1 << (max(stored_hw) - 1).bit_length())
+    return ShardStatistics(
+        num_bytes=num_bytes,
+        samples=samples.shape[1],
+        channel_sum=samples.sum(axis=1).tolist(),
+        channel_square_sum=(samples**2).sum(axis=1).tolist(),
+        longer_sides={longer_side: 1},
+    )
 
 
 def check_header(data: bytes, max_pixels: int) -> None:

@@ -1,0 +1,133 @@
+"""From a path or URI to a pyarrow file system; what is worth another try there, and `s3://` for every fsspec user."""
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+from fsspec.implementations.arrow import ArrowFSWrapper
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 30.0
+ATTEMPTS = 6
+"""Tries of one read before it fails; with the waits between them they span about 15 s of outage."""
+_FIRST_WAIT_S = 0.25
+_LONGEST_WAIT_S = 8.0
+
+# What no repetition mends: wrong credentials, no such bucket or key, a request the service does not understand.
+_FINAL = re.compile(
+    r"HTTP status 40[0134]|ACCESS_DENIED|NO_SUCH_(BUCKET|KEY)|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
+    r"|RESOURCE_NOT_FOUND|Path does not exist|Not a regular file|[Cc]ould ?n.t resolve host",
+)
+
+
+class DataError(Exception):
+    """The data is not what it should be; the message names the file or row and how to mend it."""
+
+
+def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system and the path within it that a local path or a URI (`s3://bucket/prefix`) stands for.
+
+    S3 takes its endpoint, region and credentials from the usual environment: AWS_ENDPOINT_URL, AWS_REGION,
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or the machine's role.
+
+    Raises:
+        DataError: the URI's scheme is unknown.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    if scheme == "s3":
+        if not rest.strip("/"):
+            raise DataError(f"{uri}: names no bucket; give s3://bucket/prefix")
+        return s3_filesystem(), rest.rstrip("/")
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{uri}: cannot be opened ({error}); give a folder or an s3:// URI") from None
+    return filesystem, path.rstrip("/")
+
+
+def s3_filesystem() -> pafs.S3FileSystem:
+    """pyarrow's S3 as the environment configures it, with timeouts; one connection pool for each configuration."""
+    register_with_fsspec()
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    # The credentials are part of the key only so that a change of the environment makes a new client.
+    return _s3_filesystem(endpoint, region, tuple(os.environ.get(name) for name in _CREDENTIALS))
+
+
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+
+
+@lru_cache(maxsize=4)
+def _s3_filesystem(endpoint: str | None, region: str, credentials: tuple[str | None, ...]) -> pafs.S3FileSystem:
+    options: dict[str, Any] = {}
+    if endpoint:
+        options = {"endpoint_override": endpoint, "scheme": endpoint.partition("://")[0] or "https"}
+    return pafs.S3FileSystem(
+        region=region,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=2),  # the rest is `with_retries`
+        **options,
+    )
+
+
+def with_retries(operation: Callable[[], T], *, attempts: int = ATTEMPTS) -> T:
+    """Do `operation`; on 5xx, timeouts and cut connections again, after growing, jittered waits.
+
+    Raises:
+        OSError: the last one, or the first one that no repetition would mend (403, 404, no such host).
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return operation()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if attempt == attempts or _FINAL.search(str(error)):
+                raise
+            time.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0))
+    raise AssertionError("unreachable")
+
+
+def read_bytes(filesystem: pafs.FileSystem, path: str, *, attempts: int = ATTEMPTS) -> bytes:
+    """The whole of one file."""
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+
+    return with_retries(read, attempts=attempts if isinstance(filesystem, pafs.S3FileSystem) else 1)
+
+
+class ArrowS3(ArrowFSWrapper):
+    """fsspec's view of pyarrow's S3, so that one client, one configuration and no s3fs serve the whole process."""
+
+    protocol = ("s3", "s3a")
+    root_marker = ""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__(fs=s3_filesystem())
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        if isinstance(path, list):
+            return [cls._strip_protocol(item) for item in path]
+        return re.sub(r"^s3a?://", "", str(path)).rstrip("/")
+
+
+def register_with_fsspec() -> None:
+    """Make `s3://` mean pyarrow's S3 for every fsspec user in this process (pandas, datasets, Ray)."""
+    for scheme in ArrowS3.protocol:
+        fsspec.register_implementation(scheme, ArrowS3, clobber=True)
