@@ -128,11 +128,29 @@ def build(cls: type[T], data: Mapping[str, Any]) -> T:
     """
     try:
         # Through JSON, because strict validation takes a list for a tuple only there.
-        return TypeAdapter(cls).validate_json(json.dumps(data))
+        return TypeAdapter(cls).validate_json(json.dumps(_with_default_kinds(cls, data)))
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(cls, error)) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from None
+
+
+def _with_default_kinds(cls: type, data: Any) -> Any:
+    """Say which kind of a union is meant where `data` sets some of its keys and leaves the default kind."""
+    if not isinstance(data, dict):
+        return data
+    hints = typing.get_type_hints(cls, include_extras=True)
+    completed = dict(data)
+    for field in dataclasses.fields(cls):
+        blocks, value = list(_blocks(hints[field.name])), data.get(field.name)
+        if not blocks or not isinstance(value, dict):
+            continue
+        default = cls.__pydantic_fields__[field.name].default  # type: ignore[attr-defined]
+        if len(blocks) > 1 and "kind" not in value and dataclasses.is_dataclass(default):
+            value = {"kind": default.kind, **value}  # type: ignore[union-attr]
+        chosen = [b for b in blocks if value.get("kind") in typing.get_args(typing.get_type_hints(b).get("kind", None))]
+        completed[field.name] = _with_default_kinds((chosen or blocks)[0], value)
+    return completed
 
 
 def _explain(cls: type, error: pydantic.ValidationError) -> str:
@@ -149,14 +167,16 @@ def _explain(cls: type, error: pydantic.ValidationError) -> str:
         best = next(iter([*same_leaf, *close]), None)
         return f"unknown key {key}" + (f"; did you mean {best}?" if best else f"; known keys: {', '.join(known)}")
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if fault["type"] == "value_error" and re.match(r"[a-z_]+(\.[a-z_]+)+: ", message):
+        return message  # a check over several keys names its key itself
     given = "" if fault["type"] in ("missing", "value_error") else f" (given: {fault.get('input')!r})"
     return f"{key}: {message[0].lower() + message[1:]}{given}"
 
 
 def _blocks(annotation: Any) -> Iterator[type]:
     """The config classes within a field's annotation, through unions, Optional and Annotated."""
-    if dataclasses.is_dataclass(annotation):
-        yield typing.cast(type, annotation)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        yield annotation
     elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
         for inner in typing.get_args(annotation):
             yield from _blocks(inner)

@@ -196,6 +196,7 @@ def write_shard(
     build: BuildConfig,
     excluded: frozenset[str] = frozenset(),
     threads: int = 1,
+    tick: Callable[[int], None] = lambda images: None,
 ) -> ShardResult:
     """Write one shard of `rows` (`LISTING_SCHEMA`, in this order) to `sink`.
 
@@ -203,6 +204,7 @@ def write_shard(
         read: bytes of a location.
         excluded: paths that hold the same bytes as an image elsewhere.
         threads: how many images are prepared side by side.
+        tick: told of each image that is done.
 
     Raises:
         OSError: the sink cannot be written to. What is wrong with an image is a reject, not an error.
@@ -231,7 +233,8 @@ def write_shard(
             metadata_collector=metadata,
         ) as writer,
     ):
-        for group in _row_groups(rows, _map_ahead(pool, prepare, listed, 4 * threads), build.row_group_bytes, written):
+        prepared = _map_ahead(pool, prepare, listed, 4 * threads)
+        for group in _row_groups(rows, prepared, build.row_group_bytes, written, tick):
             writer.write_table(group, row_group_size=len(group))
     return ShardResult(
         size=hashing.size,
@@ -272,12 +275,17 @@ class _Prepared:
 
 
 def _row_groups(
-    rows: pa.Table, prepared: Iterator["_Prepared | Reject"], row_group_bytes: int, written: _Written
+    rows: pa.Table,
+    prepared: Iterator["_Prepared | Reject"],
+    row_group_bytes: int,
+    written: _Written,
+    tick: Callable[[int], None],
 ) -> Iterator[pa.Table]:
     group: list[dict[str, Any]] = []
     size = 0
     ids = zip(rows["path"].to_pylist(), rows["image_id"].to_pylist(), strict=True)
     for (path, image_id), item in zip(ids, prepared, strict=True):
+        tick(1)
         if isinstance(item, Reject):
             written.rejects.append((path, image_id, str(item)))
             continue

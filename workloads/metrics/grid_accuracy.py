@@ -243,7 +243,7 @@ def interval(
     """
     generator = np.random.default_rng(protocol.seed)
     weights = generator.multinomial(images, np.full(images, 1 / images), size=protocol.bootstrap).astype(np.float64)
-    low, high = np.nanpercentile(statistic(weights), [2.5, 97.5])
+    low, high = np.nanpercentile(statistic(weights), [2.5, 97.5], method="nearest")
     return float(low), float(high)
 
 
@@ -292,7 +292,7 @@ def _suite_figures(table: dict[str, np.ndarray], protocol: GridAccuracyConfig) -
         if riga.any():
             figures["gap_r"] = figures["sga"] / figures["riga"]
             figures["gap_r_low"], figures["gap_r_high"] = interval(_ratio(per_image["sga"], riga), n, protocol)
-    return figures
+    return {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, protocol: GridAccuracyConfig) -> tuple[float, float, float]:

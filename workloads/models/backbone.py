@@ -34,13 +34,13 @@ class BackboneConfig:
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with the statistics of the global batch, on any device.
 
-    torch's SyncBatchNorm raises off the GPU; this one reduces (n, Σx, Σx²) with gradient, in float32.
+    torch's SyncBatchNorm raises off the GPU; this one reduces (n, Σx, Σx²) with gradient, in float32 or wider.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)
-        x = input.float()
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         n = x.new_tensor([x.numel() / x.shape[1]])
         totals = sum_over_ranks(torch.cat([n, x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]))
         count, mean, square = totals[0], *(totals[1:] / totals[0]).chunk(2)

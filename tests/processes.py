@@ -1,0 +1,31 @@
+"""Real gloo processes for tests: run one function on W ranks and return what each rank returned."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        torch.save(function(rank, world_size, *arguments), Path(folder, f"{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
+    """`function(rank, world_size, *arguments)` on every rank; tensors, numbers and containers of them come back."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.spawn(_enter, (world_size, port, str(folder), function, arguments), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
