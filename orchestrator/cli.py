@@ -24,20 +24,20 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    import click
-
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as error:
         return error.exit_code
-    except (click.ClickException, typer.Abort) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else "aborted"
-        typer.echo(f"error: {message}", err=True)
-        return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("stopped; give the same command again to continue", err=True)
         return 1
+    except Exception as error:
+        explain = getattr(error, "format_message", None)  # a usage error, of click or of typer's own copy of it
+        if explain is None:
+            raise
+        typer.echo(f"error: {explain()}", err=True)
+        return 2
 
 
 @contextlib.contextmanager
@@ -162,23 +162,35 @@ def demo(
 
 @data_app.command("build")
 def data_build(
-    source: Annotated[str, typer.Option(help="folder or coco.")],
-    input: Annotated[str, typer.Option(help="Where the images are.")],
+    source: Annotated[str, typer.Option(help="folder, coco, voc, caltech101 or parquet.")],
+    input: Annotated[list[str], typer.Option(help="Where the images are: folder, file or URI; may be given again.")],
     output: Annotated[str, typer.Option(help="Where the shards go: a folder or s3://bucket/prefix.")],
     overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to build on; local starts one.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Convert images to Parquet shards with a manifest."""
+    """Convert images to Parquet shards: `orchestrator data build … short_side=256 val_share=0.1`.
+
+    Without an address it runs in this process on all cores; with one, on Ray Data over the cluster.
+    """
     with _explained(debug):
-        from orchestrator.ingest import build_dataset
+        from orchestrator.ingest import build_parts, connect_ray
         from workloads.config import apply_overrides, build, parse_overrides
         from workloads.data.shards import BuildConfig
 
-        given = {"source": {"kind": source, "path": input}, "output": output}
+        given = {"source": {"kind": source, "inputs": input}, "output": output}
         config = build(BuildConfig, apply_overrides(given, parse_overrides(overrides or [])))
+        if address:
+            connect_ray(address)
         with _counting("images") as progress:
-            manifest = build_dataset(config, progress=progress)
-        typer.echo(f"{manifest.num_images} images in {len(manifest.shards)} shards, manifest {manifest.sha256}")
+            manifests = build_parts(config, progress=progress, on_ray=bool(address))
+        for part, manifest in manifests.items():
+            typer.echo(
+                f"{part + ': ' if part else ''}{manifest.num_images} images in {len(manifest.shards)} shards, "
+                f"{manifest.rejects.rows} rejects, manifest {manifest.sha256}"
+            )
 
 
 @contextlib.contextmanager
@@ -204,20 +216,31 @@ def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @data_app.command("verify")
-def data_verify(uri: Annotated[str, typer.Argument(help="Dataset.")], debug: Debug = False) -> None:
-    """Read every byte again: hashes, row counts, and whether every image decodes."""
+def data_verify(
+    uri: Annotated[str, typer.Argument(help="Dataset.")],
+    decode_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the images to decode.")] = 1.0,
+    debug: Debug = False,
+) -> None:
+    """Read every byte again: hashes, row counts, and whether images decode."""
     with _explained(debug):
-        from orchestrator.ingest import verify_dataset
+        from orchestrator.inspect_data import verify_dataset
 
         with _counting("images") as progress:
-            report = verify_dataset(uri, progress=progress)
+            report = verify_dataset(uri, progress=progress, decode_share=decode_share)
         typer.echo(report)
 
 
 @data_app.command("stats")
-def data_stats(uri: Annotated[str, typer.Argument(help="Dataset.")], debug: Debug = False) -> None:
+def data_stats(
+    uri: Annotated[str, typer.Argument(help="Dataset.")],
+    figure: Annotated[str | None, typer.Option(help="Draw the distributions to this PNG file.")] = None,
+    debug: Debug = False,
+) -> None:
     """Counts, sizes and rejects of a dataset."""
     with _explained(debug):
-        from orchestrator.ingest import dataset_stats
+        from orchestrator.inspect_data import dataset_stats, draw_stats
 
-        typer.echo(dataset_stats(uri))
+        stats = dataset_stats(uri)
+        typer.echo(stats)
+        if figure is not None:
+            typer.echo(f"figure       {draw_stats(stats, figure)}")

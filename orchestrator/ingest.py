@@ -6,10 +6,11 @@ What a finished shard found out is kept beside it until the manifest stands: a b
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, cast
@@ -67,7 +68,9 @@ class ShardTask:
         return f"{self.build.output.rstrip('/')}/{self.part}".rstrip("/")
 
 
-Executor = Callable[[list[ShardTask]], Iterator[tuple[ShardTask, ShardResult]]]
+Tick = Callable[[int], None]
+"""Told how many more images are done."""
+Executor = Callable[[list[ShardTask], Tick], Iterator[tuple[ShardTask, ShardResult]]]
 
 
 def build_dataset(build: BuildConfig, *, progress: Progress | None = None, on_ray: bool = False) -> Manifest:
@@ -106,7 +109,8 @@ def build_parts(build: BuildConfig, *, progress: Progress | None = None, on_ray:
         with suppress(FileNotFoundError):
             filesystem.delete_file(f"{_folder(root, part)}/{MANIFEST_NAME}")
     execute = execute_on_ray if on_ray else execute_here
-    results = dict(_told(execute(tasks), len(listing), progress))
+    tick = _counter(len(listing), progress)
+    results = {(task.part, task.index): result for task, result in execute(tasks, tick)}
     results |= _without_duplicates(tasks, results, execute)
     manifests = {
         part: _assemble(build, part, about, results, repeated if part in ("", "train") else (), filesystem, root)
@@ -172,13 +176,13 @@ def _tasks(build: BuildConfig, parts: dict[str, pa.Table], state: str) -> list[S
     ]
 
 
-def execute_here(tasks: list[ShardTask]) -> Iterator[tuple[ShardTask, ShardResult]]:
+def execute_here(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTask, ShardResult]]:
     """Write shards one after the other, each on all cores of this machine."""
     for task in tasks:
-        yield task, run_task(replace(task, threads=os.cpu_count() or 1))
+        yield task, run_task(replace(task, threads=os.cpu_count() or 1), tick)
 
 
-def execute_on_ray(tasks: list[ShardTask]) -> Iterator[tuple[ShardTask, ShardResult]]:
+def execute_on_ray(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTask, ShardResult]]:
     """Write shards on Ray Data: one task a shard, over the whole cluster, results as they come."""
     import ray.data
 
@@ -190,14 +194,20 @@ def execute_on_ray(tasks: list[ShardTask]) -> Iterator[tuple[ShardTask, ShardRes
         _run_pickled, num_cpus=tasks[0].threads, memory=64 * tasks[0].build.row_group_bytes
     )
     for row in written.iter_rows():
-        yield tasks[row["number"]], pickle.loads(row["result"])
+        task = tasks[row["number"]]
+        tick(len(task.rows))
+        yield task, pickle.loads(row["result"])
+
+
+def _ignore(_: int) -> None:
+    return None
 
 
 def _run_pickled(row: dict[str, Any]) -> dict[str, Any]:
     return {"number": row["number"], "result": pickle.dumps(run_task(pickle.loads(row["task"])))}
 
 
-def run_task(task: ShardTask) -> ShardResult:
+def run_task(task: ShardTask, tick: Tick = _ignore) -> ShardResult:
     """Write one shard, unless an earlier run of the same build has; safe to repeat.
 
     Raises:
@@ -211,6 +221,7 @@ def run_task(task: ShardTask) -> ShardResult:
     with suppress(FileNotFoundError):
         result = ShardResult.from_json(read_bytes(filesystem, note))
         if filesystem.get_file_info(path).size == result.size or not result.rows:
+            tick(len(task.rows))
             return result
     try:
         with atomic_file(filesystem, path) as sink:
@@ -221,6 +232,7 @@ def run_task(task: ShardTask) -> ShardResult:
                 build=task.build,
                 excluded=task.excluded,
                 threads=task.threads,
+                tick=tick,
             )
         if not result.rows:
             filesystem.delete_file(path)
@@ -231,15 +243,25 @@ def run_task(task: ShardTask) -> ShardResult:
     return result
 
 
-def _told(
-    results: Iterable[tuple[ShardTask, ShardResult]], total: int, progress: Progress | None
-) -> Iterator[tuple[tuple[str, int], ShardResult]]:
+def _counter(total: int, progress: Progress | None) -> Tick:
     done = 0
-    for task, result in results:
-        done += len(task.rows)
+
+    def tick(more: int) -> None:
+        nonlocal done
+        done += more
         if progress is not None:
             progress(done, total)
-        yield (task.part, task.index), result
+
+    return tick
+
+
+def connect_ray(address: str) -> None:
+    """Join the Ray cluster at `address`, or start one in this process for "local"."""
+    import ray
+
+    if not ray.is_initialized():
+        dashboard = False if address == "local" else None
+        ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _without_duplicates(
@@ -259,7 +281,7 @@ def _without_duplicates(
         for task in tasks
         if not excluded.isdisjoint(results[task.part, task.index].paths)
     ]
-    return {(task.part, task.index): result for task, result in execute(again)}
+    return {(task.part, task.index): result for task, result in execute(again, _ignore)}
 
 
 def _assemble(

@@ -55,10 +55,10 @@ def test_a_killed_build_shows_no_dataset_and_ends_the_same(source, tmp_path, mon
     run_task = ingest.run_task
     ran = []
 
-    def killed_at_the_third(task):
+    def killed_at_the_third(task, *rest):
         if task.index == 2:
             raise KeyboardInterrupt
-        return run_task(task)
+        return run_task(task, *rest)
 
     config = folder_build(source, tmp_path / "killed", **SMALL)
     with monkeypatch.context() as patch:
