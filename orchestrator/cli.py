@@ -52,7 +52,7 @@ def _explained(debug: bool) -> Iterator[None]:
             raise
         names = {cls.__name__ for cls in type(error).__mro__}
         is_request = bool(names & {"ConfigError", "DataError", "PlanError"})
-        known = is_request or "TrainingError" in names or "EvaluationError" in names
+        known = is_request or "TrainingError" in names or "TrackingError" in names or "EvaluationError" in names
         text = " ".join(str(error).split())
         typer.echo(f"error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}", err=True)
         raise typer.Exit(2 if is_request else 1) from None

@@ -11,7 +11,7 @@ from orchestrator.spec import TrainExperiment
 from workloads.config import ConfigError, config_hash, flatten
 from workloads.data.manifest import DataError, resolve_uri
 
-_RECORD = "run.json"
+_RECORD, _FINISHED = "run.json", "finished.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,16 @@ def claim_run(experiment: TrainExperiment) -> Run:
     return Run(name=name, claim=stored["claim"], config_sha256=digest, filesystem=filesystem, storage_path=path)
 
 
+def finished_run(run: Run) -> str | None:
+    """The tracked run's id if this run has ended and all of its record is delivered, else None."""
+    return (_read(run.filesystem, f"{run.folder}/{_FINISHED}") or {}).get("run_id")
+
+
+def mark_finished(run: Run, run_id: str) -> None:
+    """Note in the storage that nothing is left to do for this run."""
+    _write_json(run.filesystem, f"{run.folder}/{_FINISHED}", {"run_id": run_id})
+
+
 def _differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     fresh = json.loads(json.dumps(new))
     return sorted(key for key in old.keys() | fresh.keys() if old.get(key) != fresh.get(key))
@@ -83,7 +93,11 @@ def _read(filesystem: arrow_fs.FileSystem, path: str) -> dict[str, Any] | None:
 def _write(filesystem: arrow_fs.FileSystem, folder: str, record: dict[str, Any], *, uri: str) -> None:
     try:
         filesystem.create_dir(folder, recursive=True)
-        with filesystem.open_output_stream(f"{folder}/{_RECORD}") as stream:
-            stream.write(json.dumps(record, indent=1).encode())
+        _write_json(filesystem, f"{folder}/{_RECORD}", record)
     except OSError as error:
         raise ConfigError(f"storage.path: {uri} is not writable: {error}") from None
+
+
+def _write_json(filesystem: arrow_fs.FileSystem, path: str, record: dict[str, Any]) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(json.dumps(record, indent=1).encode())

@@ -204,15 +204,20 @@ class MlflowSink:
             self.connect()
         experiment_id = self.experiment_id
         assert experiment_id is not None
-        found = self._client.search_runs([experiment_id], f"tags.`{CLAIM_TAG}` = '{self._header.claim}'", max_results=1)
-        if found:
-            run_id = found[0].info.run_id
+        found = self._find()
+        if found is not None:
+            run_id = found.info.run_id
             self._client.update_run(run_id, status="RUNNING")
         else:
             run_id = self._create(experiment_id)
         self.run_id = run_id
         if self._system_metrics:
-            self._start_monitor(run_id, resume=bool(found))
+            self._start_monitor(run_id, resume=found is not None)
+
+    def _find(self) -> Any:
+        claim = f"tags.`{CLAIM_TAG}` = '{self._header.claim}'"
+        found = self._client.search_runs([self.experiment_id], claim, max_results=1)
+        return found[0] if found else None
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -303,9 +308,18 @@ class MlflowSink:
         if self.run_id is not None:
             self._client.set_terminated(self.run_id, status=status)
 
-    def metrics(self) -> dict[str, float]:
-        """The newest value of every metric."""
-        return dict(self._client.get_run(self.open()).data.metrics)
+    def summary(self) -> tuple[str, dict[str, float]]:
+        """The run's id and the newest value of every metric; the run is only looked at.
+
+        Raises:
+            TrackingError: the run is not there.
+        """
+        if self.run_id is None:
+            self.connect()
+        run = self._client.get_run(self.run_id) if self.run_id else self._find()
+        if run is None:
+            raise TrackingError(f"run {self._header.name} is not in {without_secrets(self._uri)}, where it was logged")
+        return run.info.run_id, dict(run.data.metrics)
 
 
 _LOCAL = arrow_fs.LocalFileSystem()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.journal import Journal, JournalDrain
-from orchestrator.runs import Run, claim_run
+from orchestrator.runs import Run, claim_run, finished_run, mark_finished
 from orchestrator.spec import TrainExperiment
 from orchestrator.track import (
     MlflowSink,
@@ -84,7 +84,8 @@ def train(experiment: TrainExperiment, *, console: Any, watch: Stopwatch, debug:
     """
     with watch.phase("preflight"):
         manifests = check_request(experiment)
-        run, uri = claim_run(experiment), tracking_uri(experiment)
+        uri = tracking_uri(experiment)
+        run = claim_run(experiment)
     quiet_mlflow()
     sink = MlflowSink(
         run_header(experiment, run, manifests=manifests),
@@ -94,6 +95,9 @@ def train(experiment: TrainExperiment, *, console: Any, watch: Stopwatch, debug:
         run_folder=run.folder,
         system_metrics=experiment.tracking.system_metrics,
     )
+    if finished_run(run):
+        console.print(f"run {run.name} has ended before; nothing is left to do", highlight=False)
+        return _outcome(run, sink, uri, checkpoint=None)
     with ThreadPoolExecutor(1) as pool:
         # Importing MLflow and making its tables takes seconds: beside Ray's start.
         connected = pool.submit(sink.connect)
@@ -220,13 +224,14 @@ def _fit_and_record(session: _Session) -> TrainOutcome:
     if experiment.tracking.log_model and checkpoint is not None:
         sink.log_model(checkpoint, step=step)
     sink.close("FINISHED")
-    return TrainOutcome(
-        run=session.run,
-        run_id=sink.open(),
-        address=run_address(session.uri, sink.experiment_id or "0", sink.open()),
-        metrics=sink.metrics(),
-        checkpoint=checkpoint,
-    )
+    mark_finished(session.run, sink.open())
+    return _outcome(session.run, sink, session.uri, checkpoint=checkpoint)
+
+
+def _outcome(run: Run, sink: MlflowSink, uri: str, *, checkpoint: Path | None) -> TrainOutcome:
+    run_id, metrics = sink.summary()
+    address = run_address(uri, sink.experiment_id or "0", run_id)
+    return TrainOutcome(run=run, run_id=run_id, address=address, metrics=metrics, checkpoint=checkpoint)
 
 
 def _fit_with_retries(session: _Session) -> tuple[Path | None, int]:
@@ -278,7 +283,8 @@ def _trainer(session: _Session) -> Any:
         """An embedded Ray ends with this process; the actor that cleans up after a lost driver would watch for nothing."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
+            parent: Any = super()
+            callbacks: list[Any] = parent._create_default_callbacks()
             if os.environ.get("RAY_ADDRESS"):
                 return callbacks
             return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]

@@ -1,0 +1,22 @@
+# Targets: setup (the environment), demo (setup, then a few minutes' pretraining), test (everything that CI asks).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test
+setup: .venv/.installed
+
+# The stamp makes reruns instant; it is older than what it depends on when a pin or a dependency changed.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[orchestrator,test]'
+	touch $@
+
+demo: setup
+	$(BIN)/orchestrator demo
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
