@@ -10,9 +10,9 @@ import torch
 
 from orchestrator.ingest import build_dataset
 from tests.data.images import encoded, picture
-from workloads.data import reader
 from workloads.data.manifest import DataError, Dataset, open_dataset
 from workloads.data.reader import DataConfig, EvalLoader, TrainLoader, read_annotations
+from workloads.data.row_groups import RowGroupReader
 from workloads.data.sample_plan import SamplePlan
 from workloads.data.shards import BuildConfig
 from workloads.data.sources import CocoSourceConfig, FolderSourceConfig
@@ -99,10 +99,8 @@ def test_closing_leaves_no_thread(dataset, taken):
 
 def test_each_row_group_is_fetched_once_a_lane(dataset, monkeypatch):
     fetched = []
-    read = reader._RowGroupReader.read
-    monkeypatch.setattr(
-        reader._RowGroupReader, "read", lambda self, group: (fetched.append(group), read(self, group))[1]
-    )
+    read = RowGroupReader.read
+    monkeypatch.setattr(RowGroupReader, "read", lambda self, group: (fetched.append(group), read(self, group))[1])
     plan = make_plan(dataset, 12, lanes=4)
     take(make_loader(dataset, plan, prefetch_batches=0), plan.steps_per_epoch)
     first_epoch = fetched[: len(dataset.row_groups) + plan.lanes]

@@ -135,15 +135,24 @@ def open_dataset(uri: str) -> Dataset:
     """
     filesystem, root = resolve_uri(uri)
     try:
-        text = read_bytes(filesystem, f"{root}/{MANIFEST_NAME}")
+        # Few attempts: at the start a wrong address is likelier than an outage.
+        text = read_bytes(filesystem, f"{root}/{MANIFEST_NAME}", attempts=3)
     except (FileNotFoundError, NotADirectoryError):
+        if isinstance(filesystem, pafs.S3FileSystem) and not _exists(filesystem, root.partition("/")[0]):
+            raise DataError(f"{uri}: the bucket does not exist; mend data.uri or AWS_ENDPOINT_URL") from None
         raise DataError(f"{uri}: holds no {MANIFEST_NAME}; {_HOW_TO_BUILD}, or mend data.uri") from None
     except OSError as error:
-        raise DataError(f"{uri}: {MANIFEST_NAME} cannot be read ({error}); check the address and credentials") from None
+        raise DataError(
+            f"{uri}: {MANIFEST_NAME} cannot be read ({error}); check AWS_ENDPOINT_URL and credentials"
+        ) from None
     manifest = Manifest.from_json(text, name=f"{uri}/{MANIFEST_NAME}")
     _check_sizes(uri, filesystem, root, manifest)
     row_groups = _read_row_groups(uri, filesystem, root, manifest)
     return Dataset(uri=uri, filesystem=filesystem, root=root, manifest=manifest, row_groups=row_groups)
+
+
+def _exists(filesystem: pafs.FileSystem, path: str) -> bool:
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
 
 
 def _check_sizes(uri: str, filesystem: pafs.FileSystem, root: str, manifest: Manifest) -> None:

@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -14,15 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from workloads.config import config
 from workloads.data.decode import decode_batch
+from workloads.data.disk_cache import DiskCache
 from workloads.data.manifest import DataError, Dataset
+from workloads.data.row_groups import RowGroup, RowGroupReader, damaged_shard
 from workloads.data.sample_plan import SamplePlan
 from workloads.types import ImageBatch
 
-_OPEN_SHARDS = 256
 _READ_AHEAD = 4
 
 
@@ -42,6 +42,10 @@ class DataConfig:
     """Threads that decode images."""
     prefetch_batches: NonNegativeInt = 3
     """Batches made ready ahead of the one in use."""
+    cache_dir: str | None = None
+    """Local folder that keeps row groups for later epochs, shared by the workers of a node; none: no cache."""
+    cache_gib: PositiveFloat = 50.0
+    """Size, GiB, at which the cache drops what was unused longest."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Share of an epoch's rows that may fail to decode before the run fails."""
 
@@ -197,7 +201,7 @@ def read_annotations(dataset: Dataset) -> dict[str, Annotations]:
         try:
             table = pq.read_table(dataset.shard_path(shard), filesystem=dataset.filesystem, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            raise _damaged(dataset, shard, error) from None
+            raise damaged_shard(dataset, shard, error) from None
         for row in table.to_pylist():
             objects = row["objects"] or []
             xywh = np.array([item["bbox"] for item in objects], dtype=np.float32).reshape(-1, 4)
@@ -212,111 +216,6 @@ def read_annotations(dataset: Dataset) -> dict[str, Annotations]:
     return found
 
 
-def _damaged(dataset: Dataset, shard: int, error: Exception) -> DataError:
-    name = dataset.manifest.shards[shard].name
-    reason = " ".join(str(error).split())[:300]
-    return DataError(
-        f"{dataset.uri}/{name}: cannot be read ({reason}); restore it, or find the damage with `data verify`"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _RowGroup:
-    """One row group in memory: encoded images and their ids."""
-
-    data: np.ndarray  # uint8, all images one after the other
-    offsets: np.ndarray  # int (rows + 1,)
-    image_ids: list[str]
-
-    def encoded(self, row: int) -> np.ndarray | None:
-        start, stop = self.offsets[row], self.offsets[row + 1]
-        return self.data[start:stop] if stop > start else None
-
-
-class _RowGroupReader:
-    """Fetches single row groups: one ranged read each, checked by the pages' checksums. Safe for many threads."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-        self._lock = threading.Lock()
-        self._open: collections.OrderedDict[int, tuple[pa.NativeFile, pq.FileMetaData]] = collections.OrderedDict()
-
-    def read(self, group: int) -> _RowGroup:
-        index = self._dataset.row_groups
-        shard = int(index.shard[group])
-        offset, length, rows = int(index.offset[group]), int(index.length[group]), int(index.rows[group])
-        try:
-            file, metadata = self._shard(shard)
-            data = file.read_at(length, offset)
-            if len(data) != length:
-                raise OSError(f"{len(data)} of {length} bytes of row group {group}")
-            parquet = pq.ParquetFile(
-                pa.PythonFile(_Extent(data, offset), mode="r"), metadata=metadata, page_checksum_verification=True
-            )
-            number = group - int(index.first[shard])
-            table = parquet.read_row_group(number, columns=["image.bytes", "image_id"], use_threads=False)
-            if len(table) != rows:
-                raise OSError(f"{len(table)} rows in row group {group} where the index says {rows}")
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(self._dataset, shard, error) from None
-        return _as_row_group(table)
-
-    def _shard(self, shard: int) -> tuple[pa.NativeFile, pq.FileMetaData]:
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
-        file = self._dataset.filesystem.open_input_file(self._dataset.shard_path(shard))
-        opened = (file, pq.read_metadata(file))
-        with self._lock:
-            self._open[shard] = opened
-            while len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return opened
-
-
-def _as_row_group(table: pa.Table) -> _RowGroup:
-    images = table["image"].combine_chunks().field("bytes").cast(pa.large_binary())
-    _, offsets, data = images.buffers()
-    used = np.frombuffer(offsets, dtype=np.int64)[images.offset : images.offset + len(images) + 1]
-    pixels = np.frombuffer(data, dtype=np.uint8) if data is not None else np.empty(0, dtype=np.uint8)
-    return _RowGroup(data=pixels, offsets=used, image_ids=table["image_id"].to_pylist())
-
-
-class _Extent:
-    """A file of which only one extent is there: what pyarrow reads of a row group's pages."""
-
-    closed = False
-
-    def __init__(self, data: bytes, offset: int) -> None:
-        self._data, self._offset, self._position = memoryview(data), offset, 0
-
-    def read(self, size: int = -1) -> memoryview:
-        start = self._position - self._offset
-        if start < 0:
-            raise OSError(f"a page lies before its row group, at byte {self._position}")
-        part = self._data[start : start + size if size >= 0 else None]
-        self._position += len(part)
-        return part
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        base = (0, self._position, self._offset + len(self._data))[whence]
-        self._position = base + position
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def close(self) -> None:
-        self.closed = True
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-
 class _Pipeline:
     """Turns shares into batches, in order, some of them ahead of the consumer.
 
@@ -324,7 +223,10 @@ class _Pipeline:
     """
 
     def __init__(self, dataset: Dataset, config: DataConfig) -> None:
-        self._reader = _RowGroupReader(dataset)
+        cache = None
+        if config.cache_dir is not None:
+            cache = DiskCache(config.cache_dir, max_bytes=int(config.cache_gib * 2**30))
+        self._reader = RowGroupReader(dataset, cache)
         self._config = config
         self.wait_seconds = 0.0
 
@@ -339,7 +241,7 @@ class _Run:
         self._pipeline = pipeline
         self._config = pipeline._config
         self._shares = shares
-        self._groups: weakref.WeakValueDictionary[int, Future[_RowGroup]] = weakref.WeakValueDictionary()
+        self._groups: weakref.WeakValueDictionary[int, Future[RowGroup]] = weakref.WeakValueDictionary()
 
     def __enter__(self) -> Iterator[ImageBatch]:
         self._plan_pool = ThreadPoolExecutor(1, "data-plan")
@@ -369,12 +271,12 @@ class _Run:
                 return
             yield batch
 
-    def _ask(self) -> tuple[_Share, dict[int, Future[_RowGroup]]] | None:
+    def _ask(self) -> tuple[_Share, dict[int, Future[RowGroup]]] | None:
         """Take the next share and see that its row groups are on their way; its own first, then the open ones."""
         share = next(self._shares, None)
         if share is None:
             return None
-        held: dict[int, Future[_RowGroup]] = {}
+        held: dict[int, Future[RowGroup]] = {}
         for group in itertools.chain(np.unique(share.row_group).tolist(), share.open_groups.tolist()):
             if group not in held:
                 future = self._groups.get(group)
@@ -383,7 +285,7 @@ class _Run:
                 held[group] = future
         return share, held
 
-    def _make(self, planned: "Future[tuple[_Share, dict[int, Future[_RowGroup]]] | None]") -> ImageBatch | None:
+    def _make(self, planned: "Future[tuple[_Share, dict[int, Future[RowGroup]]] | None]") -> ImageBatch | None:
         asked = planned.result()
         if asked is None:
             return None
@@ -406,7 +308,7 @@ class _Run:
         )
 
 
-def _rows_of(share: _Share, held: dict[int, Future[_RowGroup]]) -> tuple[list[np.ndarray | None], Sequence[str]]:
+def _rows_of(share: _Share, held: dict[int, Future[RowGroup]]) -> tuple[list[np.ndarray | None], Sequence[str]]:
     encoded, ids = [], []
     for group, row in zip(share.row_group.tolist(), share.row_in_group.tolist(), strict=True):
         row_group = held[group].result()

@@ -1,0 +1,65 @@
+"""Start one Swift server; runs in the peer's own environment: `python launch.py KIND CONFIG SWIFT_CONF`."""
+
+import sys
+import threading
+
+
+class DictCache:
+    """What the proxy asks of memcached: one proxy process needs none."""
+
+    def __init__(self):
+        self._values = {}
+        self._lock = threading.Lock()
+
+    def get(self, key, default=None, **_):
+        return self._values.get(key, default)
+
+    def set(self, key, value, **_):
+        self._values[key] = value
+
+    def delete(self, key, **_):
+        self._values.pop(key, None)
+
+    def incr(self, key, delta=1, **_):
+        with self._lock:
+            self._values[key] = int(self._values.get(key, 0)) + delta
+            return self._values[key]
+
+    def decr(self, key, delta=1, **_):
+        return self.incr(key, -delta)
+
+    def get_multi(self, keys, *_, **__):
+        return [self._values.get(key) for key in keys]
+
+    def set_multi(self, values, *_, **__):
+        self._values.update(values)
+
+
+def cache_filter(global_conf, **_):
+    """A paste filter that offers the cache to the pipeline."""
+    cache = DictCache()
+
+    def factory(app):
+        def with_cache(environ, start_response):
+            environ["swift.cache"] = cache
+            return app(environ, start_response)
+
+        return with_cache
+
+    return factory
+
+
+def main():
+    kind, config, swift_conf = sys.argv[1:]
+    import swift.common.storage_policy
+    import swift.common.utils
+    import swift.common.wsgi
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("swift.") and hasattr(module, "SWIFT_CONF_FILE"):
+            module.SWIFT_CONF_FILE = swift_conf
+    sys.exit(swift.common.wsgi.run_wsgi(config, kind))
+
+
+if __name__ == "__main__":
+    main()
