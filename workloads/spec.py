@@ -9,7 +9,7 @@ from pydantic import Field
 from workloads.checkpoint import CONFIG, read_state
 from workloads.config import ConfigError, apply_overrides, build, config, read_yaml
 from workloads.data.reader import DataConfig
-from workloads.data.views import ViewsConfig
+from workloads.data.views import ProgressiveConfig, ViewsConfig
 from workloads.metrics.grid_accuracy import GridAccuracyConfig
 from workloads.models.backbone import BackboneConfig
 from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
@@ -58,6 +58,7 @@ class PretrainConfig:
     """Steps between checkpoints; null: at the end only."""
     data: DataConfig
     views: ViewsConfig = ViewsConfig()
+    progressive: ProgressiveConfig = ProgressiveConfig()
     backbone: BackboneConfig = BackboneConfig()
     objective: AnchorNTXentConfig = AnchorNTXentConfig()
     optimizer: OptimizerConfig = AdamWConfig()
@@ -68,6 +69,7 @@ class PretrainConfig:
         if self.backbone.weights == "imagenet" and self.backbone.norm != "batch":
             raise ConfigError("backbone.weights: ImageNet weights come with backbone.norm=batch only")
         self.objective.check_views(self.views.full_size)
+        self.progressive.check(self.views)
 
 
 def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> AnchorNTXent:
@@ -78,7 +80,12 @@ def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> Anc
     """
     match settings.objective:
         case AnchorNTXentConfig():
-            return AnchorNTXent(settings.objective, settings.backbone, seed=settings.seed if seed is None else seed)
+            return AnchorNTXent(
+                settings.objective,
+                settings.backbone,
+                crop_size=settings.views.crop_size,
+                seed=settings.seed if seed is None else seed,
+            )
 
 
 def load_pretrain(path: str | Path, overrides: dict[str, Any]) -> PretrainConfig:

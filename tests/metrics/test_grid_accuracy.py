@@ -19,7 +19,6 @@ from workloads.metrics.grid_accuracy import (
     merge,
     paired_difference,
     pixel_maps,
-    score_batch,
     summarize,
     with_mean_map,
     would_hit,
@@ -142,9 +141,7 @@ def test_a_model_that_knows_hits_and_one_that_is_blind_does_not():
     assert figures["eval/riga"] < 0.2
     assert figures["eval/sga_strict"] <= figures["eval/sga"]
     assert 0.02 < figures["eval/chance"] < 0.08
-    assert figures["eval/pixel"] == max(
-        float(c.mean()) for n, c in tables["plain"].items() if n.startswith("pixel_")
-    )
+    assert figures["eval/pixel"] == max(float(c.mean()) for n, c in tables["plain"].items() if n.startswith("pixel_"))
     assert figures["eval/sga_low"] <= figures["eval/sga"] <= figures["eval/sga_high"]
     assert figures["eval/gain"] == pytest.approx(figures["eval/sga"] - figures["eval/pixel"])
     assert figures["eval/over_chance"] == pytest.approx(figures["eval/sga"] / figures["eval/chance"])
@@ -178,7 +175,11 @@ def test_padding_counts_nowhere_and_shares_do_not_matter():
     parts, _ = run(Oracle(), sizes=(4, 2))
     padded = parts[1]
     noise = torch.randint(0, 256, (3, 3, 192, 256), dtype=torch.uint8)
-    for name, rows in (("images", noise), ("content_hw", padded.content_hw[:1].expand(3, 2)), ("positions", torch.zeros(3).long())):
+    for name, rows in (
+        ("images", noise),
+        ("content_hw", padded.content_hw[:1].expand(3, 2)),
+        ("positions", torch.zeros(3).long()),
+    ):
         object.__setattr__(padded, name, torch.cat([getattr(padded, name), rows]))
     object.__setattr__(padded, "valid", torch.tensor([True, True, False, False, False]))
     object.__setattr__(padded, "image_ids", (*padded.image_ids, "", "", ""))

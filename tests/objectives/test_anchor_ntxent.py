@@ -94,7 +94,9 @@ def test_one_image_alone_has_only_its_anchors():
     loss, _ = anchor_ntxent_loss(crops, cells, anchors, torch.tensor([[True, False]]), *arguments, temperature=1.0)
     positive = float(F.cosine_similarity(crops, cells))
     assert float(loss) == pytest.approx(-math.log(math.exp(positive) / (math.exp(positive) + math.exp(0.3))), rel=1e-5)
-    nothing, _ = anchor_ntxent_loss(crops, cells, anchors, torch.zeros(1, 2, dtype=torch.bool), *arguments, temperature=1.0)
+    nothing, _ = anchor_ntxent_loss(
+        crops, cells, anchors, torch.zeros(1, 2, dtype=torch.bool), *arguments, temperature=1.0
+    )
     assert float(nothing) == 0.0
 
 
@@ -210,7 +212,7 @@ def step_on_rank(rank: int, world_size: int, norm: str, options: dict) -> dict:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     settings = AnchorNTXentConfig(anchor_negatives=9, projection_dim=16, projector_hidden=16, **options)
-    model = AnchorNTXent(settings, BackboneConfig(norm=norm), seed=3)
+    model = AnchorNTXent(settings, BackboneConfig(norm=norm), crop_size=32, seed=3)
     shares = {1: [7], 2: [4, 3], 3: [3, 2, 2]}[world_size]
     first = sum(shares[:rank])
     views = part_of(views_of(7, 2), slice(first, first + shares[rank]))
@@ -232,7 +234,9 @@ def test_same_loss_and_gradients_on_one_two_and_three_processes(norm, options, t
     tolerance = 1e-5 if norm == "group" else 2e-2
     for world_size in (2, 3):
         for rank in run_on_ranks(step_on_rank, world_size, tmp_path / str(world_size), norm, options):
-            assert float(rank["metrics"]["train/loss"]) == pytest.approx(float(alone["metrics"]["train/loss"]), rel=1e-5)
+            assert float(rank["metrics"]["train/loss"]) == pytest.approx(
+                float(alone["metrics"]["train/loss"]), rel=1e-5
+            )
             for name, gradient in alone["gradients"].items():
                 scale = float(gradient.abs().max())
                 torch.testing.assert_close(rank["gradients"][name], gradient, rtol=0, atol=tolerance * scale)
@@ -250,6 +254,6 @@ def test_a_level_of_one_cell_is_refused_in_words():
 def test_every_parameter_gets_a_gradient_on_every_choice_of_levels():
     for levels in (("P3", "P4", "P5"), ("P5",), ("P3", "P6"), ("P4", "P7")):
         settings = AnchorNTXentConfig(levels=levels, anchor_negatives=0, projection_dim=16, projector_hidden=16)
-        model = AnchorNTXent(settings, BackboneConfig(), seed=0)
+        model = AnchorNTXent(settings, BackboneConfig(), crop_size=32, seed=0)
         model(views_of(3, 2)).loss.backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == []

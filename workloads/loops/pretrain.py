@@ -13,7 +13,7 @@ from workloads.config import ConfigError, config_hash, to_yaml
 from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import TrainLoader
 from workloads.data.sample_plan import SamplePlan
-from workloads.data.views import make_views
+from workloads.data.views import make_views, views_at
 from workloads.loops.evaluate import GridEvaluation
 from workloads.optim import make_optimizer, rate_at
 from workloads.runtime import Runtime
@@ -108,7 +108,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
         while step < settings.steps:
             rate = settings.optimizer.lr * rate_at(step, settings.steps, settings.schedule)
             batch = next(batches)
-            loss, metrics = _update(model, optimizer, batch, rate, settings, runtime.device)
+            loss, metrics = _update(model, optimizer, batch, rate, step, settings, runtime.device)
             step += 1
             meter.add(batch, loss, metrics, rate)
 
@@ -145,12 +145,14 @@ def _update(
     optimizer: torch.optim.Optimizer,
     batch: ImageBatch,
     rate: float,
+    step: int,
     settings: PretrainConfig,
     device: torch.device,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    views = make_views(batch.to(device), settings.views, seed=settings.seed)
+    sizes = views_at(step, settings.steps, settings.views, settings.progressive)
+    views = make_views(batch.to(device), sizes, seed=settings.seed)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         result = model(views)
     optimizer.zero_grad(set_to_none=True)

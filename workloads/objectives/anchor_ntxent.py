@@ -156,9 +156,10 @@ class AnchorNTXent(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, settings: AnchorNTXentConfig, backbone: BackboneConfig, *, seed: int) -> None:
+    def __init__(self, settings: AnchorNTXentConfig, backbone: BackboneConfig, *, crop_size: int, seed: int) -> None:
         super().__init__()
         self.settings = settings
+        self.crop_size = crop_size
         self.seed = seed
         self.trunk = Trunk(backbone)
         self.pyramid = Pyramid(self.trunk.channels, settings.projection_dim, settings.levels)
@@ -176,7 +177,13 @@ class AnchorNTXent(nn.Module):
         return self.pyramid(self.trunk(self._normalize(images)))
 
     def embed_crops(self, crops: Tensor) -> Tensor:
-        """Crops (N, 3, h, w) in [0, 1] to (N, D)."""
+        """Query crops (N, 3, h, w) in [0, 1] to (N, D); of another size than in training, they are resized to that first."""
+        if crops.shape[-2:] != (self.crop_size, self.crop_size):
+            size = (self.crop_size, self.crop_size)
+            crops = F.interpolate(crops, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return self._embed_crops(crops)
+
+    def _embed_crops(self, crops: Tensor) -> Tensor:
         trunk = self.trunk if self.crop_trunk is None else self.crop_trunk
         return self.projector(trunk(self._normalize(crops))["C5"])
 
@@ -184,7 +191,7 @@ class AnchorNTXent(nn.Module):
         """The loss of this rank's views over the global batch, averaged over crops and levels."""
         b, k = views.crops.shape[:2]
         pyramid = self.embed_grid(views.full)
-        crops = self.embed_crops(views.crops.flatten(0, 1))
+        crops = self._embed_crops(views.crops.flatten(0, 1))
         with torch.autocast(views.full.device.type, enabled=False):
             return self._loss(pyramid, crops.float().reshape(b, k, -1), views)
 

@@ -1,0 +1,183 @@
+"""The pretraining loop on real files: records, resumes bit by bit, refuses, and gives the same on two processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.ingest import build_dataset
+from tests.data.images import make_folder
+from tests.processes import run_on_ranks
+from workloads.__main__ import main
+from workloads.checkpoint import CheckpointError, read_meta, read_state
+from workloads.config import ConfigError, apply_overrides, build, parse_overrides, to_yaml
+from workloads.data.manifest import DataError
+from workloads.data.shards import BuildConfig
+from workloads.data.sources import FolderSourceConfig
+from workloads.loops.evaluate import evaluate
+from workloads.loops.pretrain import NonFiniteLossError, preflight, pretrain
+from workloads.runtime import LocalRuntime
+from workloads.spec import PretrainConfig, load_model
+
+TINY = """
+steps: 6
+global_batch_size: 8
+log_every: 2
+views: {full_size: 64, crop_size: 16, crops_per_image: 2}
+backbone: {norm: group}
+objective: {levels: [P3, P4], projection_dim: 16, projector_hidden: 16}
+evaluation:
+  batch_size: 4
+  limit: 7
+  heatmaps: 2
+  protocol: {view_size: 64, crop_size: 16, grid: 8, levels: [P3, P4], crops_per_image: 2, untrained_networks: 2, bootstrap: 100}
+"""
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("pretrain")
+    make_folder(root / "images", classes=2, per_class=12)
+    source = FolderSourceConfig(inputs=(str(root / "images"),))
+    build_dataset(BuildConfig(source=source, output=str(root / "shards"), row_group_bytes=8000))
+    return str(root / "shards")
+
+
+def settings_of(uri: str, *overrides: str) -> PretrainConfig:
+    from workloads.config import parse_yaml
+
+    data = parse_yaml(TINY, source="test") | {"data": {"uri": uri}}
+    return build(PretrainConfig, apply_overrides(data, parse_overrides(overrides)))
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+class Cut(LocalRuntime):
+    """Dies when it is told of step 4."""
+
+    def report(self, metrics, *, step, folder=None):
+        if step == 4:
+            raise KeyboardInterrupt
+        super().report(metrics, step=step, folder=folder)
+
+
+def test_a_run_leaves_records_a_checkpoint_and_pictures(uri, tmp_path):
+    settings = settings_of(uri, f"evaluation.uri={uri}")
+    figures = pretrain(settings, LocalRuntime(tmp_path))
+    lines = records(tmp_path)
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "eval/sga" in line] == [0, 6]
+    assert "eval/riga" not in lines[0] and "eval/riga" in lines[-1]
+    assert 0 <= lines[1]["train/data_wait_share"] <= 1 and lines[1]["train/images_per_s"] > 0
+    assert lines[-1]["eval/images"] == 7
+    meta = read_meta(LocalRuntime(tmp_path).latest_checkpoint())
+    assert meta.step == 6
+    pictures = sorted(p.name for p in (tmp_path / "artifacts" / "heatmaps").iterdir())
+    assert pictures == [f"{s}_step_{n:07d}.png" for s in ("photometric", "plain") for n in (0, 6)]
+
+    again = evaluate(
+        LocalRuntime(tmp_path).latest_checkpoint(),
+        uri=uri,
+        config=settings.evaluation,
+        runtime=LocalRuntime(tmp_path / "again"),
+    )
+    assert again["eval/sga"] == figures["eval/sga"] and again["eval/riga"] == figures["eval/riga"]
+
+
+def test_a_run_that_was_cut_off_ends_bit_equal(uri, tmp_path):
+    settings = settings_of(uri, "checkpoint_every=2")
+    pretrain(settings, LocalRuntime(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings, Cut(tmp_path / "cut"))
+    assert read_meta(LocalRuntime(tmp_path / "cut").latest_checkpoint()).step == 2
+    pretrain(settings, LocalRuntime(tmp_path / "cut"))
+    states = [read_state(LocalRuntime(tmp_path / name).latest_checkpoint())["model"] for name in ("whole", "cut")]
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    losses = [[r["train/loss"] for r in records(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_another_config_or_a_damaged_checkpoint_is_refused(uri, tmp_path):
+    pretrain(settings_of(uri, "steps=2"), LocalRuntime(tmp_path))
+    with pytest.raises(CheckpointError, match="another configuration"):
+        pretrain(settings_of(uri, "steps=3"), LocalRuntime(tmp_path))
+    checkpoint = LocalRuntime(tmp_path).latest_checkpoint()
+    (checkpoint / "state.pt").write_bytes((checkpoint / "state.pt").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+        load_model(checkpoint)
+
+
+def test_a_loss_that_is_not_finite_names_the_images(uri, tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"class_\d.*no checkpoint was written yet"):
+        pretrain(settings_of(uri, "optimizer.kind=sgd", "optimizer.lr=1e30"), LocalRuntime(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "sentence"),
+    [
+        (["data.uri=nowhere"], DataError, "nowhere"),
+        (["global_batch_size=64"], ValueError, "global_batch_size"),
+        (["data.lanes=3"], ValueError, "lanes"),
+        (["evaluation.protocol.levels=[P3, P5]"], ConfigError, "P5 is not trained"),
+        (["evaluation.uri=nowhere"], DataError, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(uri, overrides, error, sentence):
+    with pytest.raises(error, match=sentence):
+        held_out = [] if "evaluation.uri=nowhere" in overrides else [f"evaluation.uri={uri}"]
+        preflight(settings_of(uri, *held_out, *overrides), 1)
+
+
+def test_more_workers_than_lanes_are_refused(uri):
+    with pytest.raises(ConfigError, match="9 workers are more than the 8 lanes"):
+        preflight(settings_of(uri), 9)
+
+
+def train_on_rank(rank: int, world_size: int, uri: str, output: str) -> dict:
+    settings = settings_of(uri, f"evaluation.uri={uri}", "data.lanes=4", "steps=3", "log_every=1")
+    return pretrain(settings, LocalRuntime(output))
+
+
+def test_three_processes_train_and_measure_what_one_does(uri, tmp_path):
+    alone = train_on_rank(0, 1, uri, str(tmp_path / "one"))
+    ranks = run_on_ranks(train_on_rank, 3, tmp_path / "ranks", uri, str(tmp_path / "three"))
+    assert all(rank == ranks[0] for rank in ranks)
+    assert ranks[0]["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-5)
+    assert ranks[0]["eval/chance"] == alone["eval/chance"] and ranks[0]["eval/pixel"] == alone["eval/pixel"]
+    assert ranks[0]["eval/images"] == 7
+    for one, three in zip(records(tmp_path / "one"), records(tmp_path / "three"), strict=True):
+        if "train/loss" in one:
+            assert three["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+
+
+def test_the_command_line_says_what_is_wrong_and_exits_with_2(uri, tmp_path, caplog):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(to_yaml(settings_of(uri, "steps=1")) + "tracking: {uri: elsewhere}\n")
+    output = ["--output", str(tmp_path / "run")]
+    assert main(["train", str(file), *output]) == 0
+    assert main(["train", str(file), "step=1", *output]) == 2
+    assert "did you mean steps?" in caplog.text
+    assert main(["train", str(tmp_path / "missing.yaml"), *output]) == 2
+    assert main(["train", str(file), "data.uri=nowhere", *output]) == 2
+    assert (
+        main(
+            [
+                "train",
+                str(file),
+                "optimizer.kind=sgd",
+                "optimizer.lr=1e38",
+                "name=x",
+                "--output",
+                str(tmp_path / "x"),
+                "steps=4",
+            ]
+        )
+        == 1
+    )
+    checkpoint = LocalRuntime(tmp_path / "run").latest_checkpoint()
+    assert main(["evaluate", str(checkpoint)]) == 2
+    assert main(["evaluate", str(checkpoint), f"uri={uri}", "--output", str(tmp_path / "e")]) == 0
+    assert "eval/gap_r" in records(tmp_path / "e")[0] or "eval/riga" in records(tmp_path / "e")[0]
