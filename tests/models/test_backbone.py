@@ -75,7 +75,7 @@ def test_global_batch_norm_on_three_uneven_ranks_is_batch_norm_on_one(tmp_path):
 def test_group_norm_has_no_statistics_and_projector_takes_one_crop():
     names = [name for name, _ in Trunk(BackboneConfig(norm="group")).named_buffers()]
     assert names == []
-    assert Projector(8, 16, 4)(torch.rand(1, 8, 1, 1)).shape == (1, 4)
+    assert Projector(8, 16, 4)(torch.rand(1, 8)).shape == (1, 4)
 
 
 def test_unknown_backbone_is_refused_in_words():

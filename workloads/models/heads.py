@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """Global average pooling, then Linear–norm–ReLU–Linear."""
+    """Linear–norm–ReLU–Linear."""
 
     def __init__(self, channels: int, hidden: int, out_channels: int) -> None:
         super().__init__()
@@ -14,6 +14,5 @@ class Projector(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) to (N, out_channels)."""
-        pooled = features.mean((-2, -1))
-        return self.layers(pooled)
+        """(N, C) to (N, out_channels)."""
+        return self.layers(features)

@@ -22,6 +22,7 @@ from workloads.models.heads import Projector
 from workloads.types import CropGeometry, FeaturePyramid, StepResult, Views
 
 Level = Literal["P3", "P4", "P5", "P6", "P7"]
+Stage = Literal["C2", "C3", "C4", "C5"]
 
 
 @config
@@ -42,6 +43,8 @@ class AnchorNTXentConfig:
     """Channels of the pyramid and of the crop's embedding."""
     projector_hidden: Annotated[int, Field(ge=8)] = 512
     """Hidden width of the crop's projector."""
+    crop_stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = ("C5",)
+    """Stages of the trunk that the crop's projector reads, each averaged over the crop; [C5] is the paper's."""
     shared_trunk: bool = False
     """Whether crops and full views go through one trunk, or through one each as in the paper."""
     symmetric: bool = False
@@ -164,7 +167,10 @@ class AnchorNTXent(nn.Module):
         self.trunk = Trunk(backbone)
         self.pyramid = Pyramid(self.trunk.channels, settings.projection_dim, settings.levels)
         self.crop_trunk = None if settings.shared_trunk else Trunk(backbone)
-        self.projector = Projector(self.trunk.channels[-1], settings.projector_hidden, settings.projection_dim)
+        widths = dict(zip(("C2", "C3", "C4", "C5"), self.trunk.channels, strict=True))
+        self.projector = Projector(
+            sum(widths[stage] for stage in settings.crop_stages), settings.projector_hidden, settings.projection_dim
+        )
         # ImageNet's statistics, so that supervised weights can be loaded and exported trunks need nothing new.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
@@ -185,7 +191,9 @@ class AnchorNTXent(nn.Module):
 
     def _embed_crops(self, crops: Tensor) -> Tensor:
         trunk = self.trunk if self.crop_trunk is None else self.crop_trunk
-        return self.projector(trunk(self._normalize(crops))["C5"])
+        stages = trunk(self._normalize(crops))
+        pooled = [stages[stage].mean((-2, -1)) for stage in self.settings.crop_stages]
+        return self.projector(torch.cat(pooled, dim=-1))
 
     def forward(self, views: Views) -> StepResult:
         """The loss of this rank's views over the global batch, averaged over crops and levels."""
