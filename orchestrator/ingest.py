@@ -4,6 +4,7 @@ All that decides a byte is planned before the first image is read, so a shard is
 What a finished shard found out is kept beside it until the manifest stands: a build that was killed goes on from there.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,8 +21,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from orchestrator import object_store
 from workloads.config import to_dict
-from workloads.data.filesystems import DataError, read_bytes, resolve_uri
+from workloads.data.filesystems import DataError, read_bytes, resolve_uri, with_retries
 from workloads.data.manifest import (
     MANIFEST_NAME,
     REJECTS_NAME,
@@ -47,6 +49,7 @@ Reject = tuple[str, str, str]
 """(path in the source, image id, reason)"""
 
 _STATE_FOLDER = "_build"
+_LOCK_NAME = "_build.lock"
 _PARTIAL = ".partial-"
 
 
@@ -92,6 +95,43 @@ def build_dataset(build: BuildConfig, *, progress: Progress | None = None, on_ra
 
 def build_parts(build: BuildConfig, *, progress: Progress | None = None, on_ray: bool = False) -> dict[str, Manifest]:
     """As `build_dataset`; returns the manifest of each part: of "", or of "train" and "val"."""
+    with only_builder(build.output):
+        return _build_parts(build, progress, on_ray)
+
+
+@contextmanager
+def only_builder(output: str) -> Iterator[None]:
+    """See that the output can be written to, and that nobody else is building there.
+
+    Raises:
+        DataError: it cannot, or somebody is.
+    """
+    if output.startswith("s3://"):
+        object_store.preflight(output)
+        object_store.abort_stale_uploads(output)
+        with object_store.lock(f"{output.rstrip('/')}/{_LOCK_NAME}", what="building this dataset"):
+            yield
+        return
+    filesystem, root = resolve_uri(output)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        yield
+        return
+    try:
+        os.makedirs(root, exist_ok=True)
+        folder = os.open(root, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written ({error}); give another output") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise DataError(f"{output}: another process is building this dataset; wait for it") from None
+    else:
+        yield
+    finally:
+        os.close(folder)
+
+
+def _build_parts(build: BuildConfig, progress: Progress | None, on_ray: bool) -> dict[str, Manifest]:
     listing, about = list_source(build.source)
     finished = _finished(build, about)
     if finished is not None:
@@ -117,7 +157,7 @@ def build_parts(build: BuildConfig, *, progress: Progress | None = None, on_ray:
         for part in parts
     }
     for part, manifest in manifests.items():
-        commit_manifest(manifest, filesystem, _folder(root, part))
+        commit_manifest(manifest, f"{build.output.rstrip('/')}/{part}".rstrip("/"))
         _sweep(manifest, filesystem, _folder(root, part))
     filesystem.delete_dir(f"{root}/{_STATE_FOLDER}")
     return manifests
@@ -224,22 +264,28 @@ def run_task(task: ShardTask, tick: Tick = _ignore) -> ShardResult:
             tick(len(task.rows))
             return result
     try:
-        with atomic_file(filesystem, path) as sink:
-            result = write_shard(
-                task.rows,
-                sink,
-                read=source_reader(task.build.source),
-                build=task.build,
-                excluded=task.excluded,
-                threads=task.threads,
-                tick=tick,
-            )
-        if not result.rows:
-            filesystem.delete_file(path)
+        attempts = 3 if isinstance(filesystem, pafs.S3FileSystem) else 1
+        result = with_retries(lambda: _write_task(task, filesystem, path, tick), attempts=attempts)
         with atomic_file(filesystem, note) as sink:
             sink.write(result.to_json().encode())
     except OSError as error:
         raise DataError(f"{task.folder}: cannot be written ({error}); check space, address and credentials") from None
+    return result
+
+
+def _write_task(task: ShardTask, filesystem: pafs.FileSystem, path: str, tick: Tick) -> ShardResult:
+    with atomic_file(filesystem, path) as sink:
+        result = write_shard(
+            task.rows,
+            sink,
+            read=source_reader(task.build.source),
+            build=task.build,
+            excluded=task.excluded,
+            threads=task.threads,
+            tick=tick,
+        )
+    if not result.rows:
+        filesystem.delete_file(path)
     return result
 
 
@@ -345,10 +391,21 @@ def _write_table(table: pa.Table, name: str, filesystem: pafs.FileSystem, folder
     return FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=len(table))
 
 
-def commit_manifest(manifest: Manifest, filesystem: pafs.FileSystem, folder: str) -> None:
-    """Put the manifest in place, last and whole: from now on there is a dataset."""
-    with atomic_file(filesystem, f"{folder}/{MANIFEST_NAME}") as sink:
-        sink.write(manifest.to_json().encode())
+def commit_manifest(manifest: Manifest, folder: str) -> None:
+    """Put the manifest in place, last and whole: from now on there is a dataset.
+
+    Raises:
+        DataError: on S3, somebody else has committed another dataset there in the meantime.
+    """
+    data = manifest.to_json().encode()
+    if not folder.startswith("s3://"):
+        filesystem, root = resolve_uri(folder)
+        with atomic_file(filesystem, f"{root}/{MANIFEST_NAME}") as sink:
+            sink.write(data)
+        return
+    uri = f"{folder}/{MANIFEST_NAME}"
+    if not object_store.put_if_absent(uri, data) and object_store.get_object(uri) != data:
+        raise DataError(f"{uri}: somebody else has built another dataset here; give another output")
 
 
 def _sweep(manifest: Manifest, filesystem: pafs.FileSystem, folder: str) -> None:

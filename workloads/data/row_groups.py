@@ -97,7 +97,8 @@ class RowGroupReader:
                 return self._open[shard]
         file = self._dataset.filesystem.open_input_file(self._dataset.shard_path(shard))
         if file.size() != self._dataset.manifest.shards[shard].size:
-            raise OSError(f"has {file.size()} bytes, the manifest says {self._dataset.manifest.shards[shard].size}")
+            expected = self._dataset.manifest.shards[shard].size
+            raise damaged_shard(self._dataset, shard, ValueError(f"{file.size()} bytes, the manifest says {expected}"))
         opened = (file, pq.read_metadata(file))
         with self._lock:
             self._open[shard] = opened
