@@ -66,7 +66,7 @@ def write_weights(checkpoint: Path, target: Path) -> None:
 
 
 def fetch_weights(run_id: str, *, client: Any, folder: Path) -> Path | None:
-    """The newest LoggedModel's checkpoint folder of a run, downloaded into `folder`; None if it has no model."""
+    """The checkpoint folder of a run's newest LoggedModel, downloaded below `folder`; None if it has no model."""
     import mlflow
 
     run = client.get_run(run_id)
@@ -78,7 +78,8 @@ def fetch_weights(run_id: str, *, client: Any, folder: Path) -> Path | None:
     )
     if not found:
         return None
-    local = mlflow.artifacts.download_artifacts(
-        f"{found[0].model_uri}/artifacts/checkpoint", dst_path=str(folder), tracking_uri=client.tracking_uri
-    )
-    return Path(local)
+    mlflow.set_tracking_uri(client.tracking_uri)  # models are looked up there, whatever the call below is told
+    # The whole model: an address below `models:/m-…` is taken for a registered model's name and version.
+    (folder / "model").mkdir()
+    local = mlflow.artifacts.download_artifacts(found[0].model_uri, dst_path=str(folder / "model"))
+    return Path(local, "artifacts", "checkpoint")

@@ -20,7 +20,8 @@ class PyramidModel(PythonModel):
         """Read the weights."""
         self.module, self.settings = load_model(Path(context.artifacts["checkpoint"]))
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> dict[str, np.ndarray]:
+    # Without annotations, because MLflow would read them as the schema of the input.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Images float32 (B, 3, h, w) in [0, 1] → level name → float32 (B, C, h / stride, w / stride)."""
         images = model_input["images"] if isinstance(model_input, dict) else model_input
         with torch.inference_mode():

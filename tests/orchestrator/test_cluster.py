@@ -35,7 +35,7 @@ def dashboard_port() -> int:
 def cluster(dashboard_port: int) -> Iterator[str]:
     """Two nodes of one CPU each; the address of the first."""
     # Raylets take these from the environment that they are started in; submitted jobs find `python` by PATH.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's spelling
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard_port}
     nodes = Cluster(initialize_head=True, head_node_args=head)
@@ -177,7 +177,7 @@ def test_a_submitted_job_does_the_same(
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit"),
         *("--address", f"http://127.0.0.1:{dashboard_port}", "--working-dir", str(package), "--"),
-        *("python", "-m", "orchestrator", "train", str(path), "steps=5", "evaluation.uri=null"),
+        *("python", "-m", "orchestrator", "train", str(path), "steps=5", "evaluation.uri=null", "--debug"),
     ]
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
