@@ -1,0 +1,1 @@
+"""Loops: each reads top-down in the same order."""
