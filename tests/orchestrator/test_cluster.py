@@ -3,7 +3,6 @@
 import collections
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from orchestrator.cli import run
 from tests.orchestrator.conftest import write_experiment
 
 pytestmark = pytest.mark.cluster
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +168,12 @@ def test_more_workers_than_the_cluster_holds_are_refused(
 def test_a_submitted_job_does_the_same(
     cluster: str, dashboard_port: int, datasets: dict[str, str], tmp_path: Path
 ) -> None:
-    package = tmp_path / "package"  # what a user's checkout holds, without its environments and outputs
-    for name in ("orchestrator", "workloads"):
-        shutil.copytree(REPOSITORY / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     path = write_experiment(tmp_path, datasets, workers=2)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit"),
-        *("--address", f"http://127.0.0.1:{dashboard_port}", "--working-dir", str(package), "--"),
-        *("python", "-m", "orchestrator", "train", str(path), "steps=5", "evaluation.uri=null", "--debug"),
+        # Without --working-dir: two raylets of one machine unpack it over each other, under the running job's feet.
+        *("--address", f"http://127.0.0.1:{dashboard_port}", "--"),
+        *("python", "-m", "orchestrator", "train", str(path), "steps=5", "evaluation.uri=null"),
     ]
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
