@@ -261,7 +261,10 @@ def _fit(session: _Session) -> tuple[Path | None, int]:
 
         trainer = _trainer(session)
     with ProgressWatcher(session.run.claim, console=session.console):
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except SystemExit:  # Ray's handler of Ctrl-C stops the workers and would end this process as if all were done
+            raise KeyboardInterrupt from None
     if result.checkpoint is None:
         return None, 0
     local = "://" not in session.experiment.storage.path
