@@ -5,7 +5,7 @@ torchvision's operators and Pillow's decoders release the GIL: threads suffice, 
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -84,7 +84,7 @@ def decode_batch(
                 content[i] = image.shape[1:]
                 _place(image, canvas[i])
 
-        list(pool.map(work, range(len(encoded))))
+        _for_each(pool, work, len(encoded))
     else:
         images = list(pool.map(lambda data: _try_decode(data, None), encoded))
         for i, decoded in enumerate(images):
@@ -95,6 +95,18 @@ def decode_batch(
         list(pool.map(_place, [decoded and decoded[0] for decoded in images], canvas))
     tensors = [torch.from_numpy(array) for array in (canvas, content, source)]
     return tensors[0], tensors[1], tensors[2], tensors[1][:, 0] > 0
+
+
+def _for_each(pool: ThreadPoolExecutor, work: Callable[[int], None], count: int) -> None:
+    # A few images a task: handing over a small image costs a tenth of decoding it.
+    chunk = 4 if count >= 32 else 1
+    starts = range(0, count, chunk)
+
+    def some(start: int) -> None:
+        for i in range(start, min(start + chunk, count)):
+            work(i)
+
+    list(pool.map(some, starts))
 
 
 def _place(image: Tensor | None, canvas: np.ndarray) -> None:
@@ -128,6 +140,6 @@ def shrink(image: Tensor, longer_side: int | None) -> Tensor:
     size = shrunk_hw(image.shape[1], image.shape[2], longer_side)
     if size == tuple(image.shape[1:]):
         return image
-    return torch.nn.functional.interpolate(
-        image[None], size=size, mode="bilinear", align_corners=False, antialias=True
-    )[0]
+    # Decoders give packed RGB. Said in strides that torch takes for channels_last, it is resized as it is, without a copy.
+    packed = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(packed, size=size, mode="bilinear", align_corners=False, antialias=True)[0]

@@ -108,7 +108,10 @@ class RowGroupReader:
 
 
 def _as_row_group(table: pa.Table) -> RowGroup:
-    images = table["image"].combine_chunks().field("bytes").cast(pa.large_binary())
+    column = table["image"]
+    # combine_chunks copies even a single chunk, which is what a row group of ours is.
+    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    images = chunk.field("bytes").cast(pa.large_binary())
     _, offsets, data = images.buffers()
     used = np.frombuffer(offsets, dtype=np.int64)[images.offset : images.offset + len(images) + 1]
     encoded = np.frombuffer(data, dtype=np.uint8) if data is not None else np.empty(0, dtype=np.uint8)
