@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from orchestrator.cli import run
 from tests.orchestrator.conftest import write_experiment
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]  # seven processes import torch before the first step
 
 
 @pytest.fixture(scope="module")
