@@ -90,7 +90,7 @@ def make_optimizer(module: nn.Module, settings: AdamWConfig | SGDConfig | LARSCo
     ]
     match settings:
         case AdamWConfig():
-            return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+            return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
         case SGDConfig():
             return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
         case LARSConfig():

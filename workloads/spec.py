@@ -9,7 +9,7 @@ from pydantic import Field
 from workloads.checkpoint import CONFIG, read_state
 from workloads.config import ConfigError, apply_overrides, build, config, read_yaml
 from workloads.data.reader import DataConfig
-from workloads.data.views import ProgressiveConfig, ViewsConfig
+from workloads.data.views import ViewsConfig
 from workloads.metrics.grid_accuracy import GridAccuracyConfig
 from workloads.models.backbone import BackboneConfig
 from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
@@ -58,7 +58,6 @@ class PretrainConfig:
     """Steps between checkpoints; null: at the end only."""
     data: DataConfig
     views: ViewsConfig = ViewsConfig()
-    progressive: ProgressiveConfig = ProgressiveConfig()
     backbone: BackboneConfig = BackboneConfig()
     objective: AnchorNTXentConfig = AnchorNTXentConfig()
     optimizer: OptimizerConfig = AdamWConfig()
@@ -69,7 +68,6 @@ class PretrainConfig:
         if self.backbone.weights == "imagenet" and self.backbone.norm != "batch":
             raise ConfigError("backbone.weights: ImageNet weights come with backbone.norm=batch only")
         self.objective.check_views(self.views.full_size)
-        self.progressive.check(self.views)
 
 
 def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> AnchorNTXent:

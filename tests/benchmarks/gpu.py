@@ -17,12 +17,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from workloads.config import apply_overrides, build, parse_overrides, read_yaml  # noqa: E402
-from workloads.loops.pretrain import pretrain  # noqa: E402
-from workloads.optim import make_optimizer  # noqa: E402
-from workloads.runtime import LocalRuntime  # noqa: E402
-from workloads.spec import ORCHESTRATOR_SECTIONS, PretrainConfig, build_objective  # noqa: E402
-from workloads.types import CropGeometry, Views  # noqa: E402
+from workloads.config import apply_overrides, build, parse_overrides, read_yaml
+from workloads.loops.pretrain import pretrain
+from workloads.optim import make_optimizer
+from workloads.runtime import LocalRuntime
+from workloads.spec import ORCHESTRATOR_SECTIONS, PretrainConfig, build_objective
+from workloads.types import CropGeometry, Views
 
 EXPERIMENT = Path(__file__).parents[2] / "orchestrator" / "experiments" / "anchor_ntxent_caltech.yaml"
 GPU = {
@@ -31,7 +31,6 @@ GPU = {
     "data.decode_size": 512,
     "global_batch_size": 256,
     "precision": "bf16",
-    "progressive.share": 0,
     "log_every": 50,
     "evaluation.protocol.view_size": 256,
     "evaluation.protocol.grid": 32,

@@ -54,7 +54,6 @@ def main() -> None:
     options = parser.parse_args()
     uri = str(Path(options.dataset).resolve())
     common = [f"data.uri={uri}", f"steps={options.steps}", "log_every=10", "evaluation.uri=null", *options.overrides]
-    common.append("progressive.share=0")
     placed = [f"scaling.niceness={options.niceness}", f"scaling.cpus_per_worker={options.threads}"]
     rates: dict[str, list[float]] = {"workloads": [], "orchestrator": []}
     startups = []

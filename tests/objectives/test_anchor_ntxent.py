@@ -257,3 +257,28 @@ def test_every_parameter_gets_a_gradient_on_every_choice_of_levels():
         model = AnchorNTXent(settings, BackboneConfig(), crop_size=32, seed=0)
         model(views_of(3, 2)).loss.backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_centred_embeddings_tell_crops_apart_from_the_first_step():
+    views = views_of(4, 4)
+    spread = {}
+    for centred in (False, True):
+        torch.manual_seed(0)
+        settings = AnchorNTXentConfig(projection_dim=16, projector_hidden=16, center_embeddings=centred)
+        model = AnchorNTXent(settings, BackboneConfig(), crop_size=32, seed=0).train()
+        with torch.no_grad():
+            crops = F.normalize(model.embed_crops(views.crops.flatten(0, 1)), dim=-1)
+        spread[centred] = float((crops @ crops.T).mean())
+    assert spread[False] > 0.5 and spread[True] < 0.2
+    assert AnchorNTXent(settings, BackboneConfig(norm="group"), crop_size=32, seed=0).crop_center is None
+
+
+def test_queries_of_another_size_are_resized_to_that_of_training():
+    settings = AnchorNTXentConfig(projection_dim=16, projector_hidden=16, crop_stages=("C3", "C5"))
+    model = AnchorNTXent(settings, BackboneConfig(), crop_size=32, seed=0).eval()
+    crops = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.embed_crops(crops),
+            model.embed_crops(F.interpolate(crops, size=(32, 32), mode="bilinear", antialias=True)),
+        )

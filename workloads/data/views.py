@@ -1,6 +1,6 @@
 """Views of a batch: the whole image and K small crops of it, made on the device, one antialiased resampling each."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -56,36 +56,6 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ConfigError(f"views.crop_scale: expected 0 < least <= largest, given {list(self.crop_scale)}")
-
-
-@config
-class ProgressiveConfig:
-    """Smaller views at first: most of what is learned early does not need the resolution (as in arXiv 2104.00298)."""
-
-    share: Share = 0.0
-    """Share of the steps, from the start, that see smaller views; 0 for none."""
-    scale: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Factor of views.full_size and views.crop_size during that share."""
-
-    def check(self, views: ViewsConfig) -> None:
-        """Refuse sizes that no pyramid fits.
-
-        Raises:
-            ConfigError: names the key.
-        """
-        if self.share > 0 and (views.full_size * self.scale % 32 or views.crop_size * self.scale < 16):
-            raise ConfigError(
-                f"progressive.scale: {self.scale} makes views of {views.full_size * self.scale:g} px and crops of "
-                f"{views.crop_size * self.scale:g} px; a multiple of 32 and at least 16 are needed"
-            )
-
-
-def views_at(step: int, steps: int, views: ViewsConfig, progressive: ProgressiveConfig) -> ViewsConfig:
-    """The views of the update from `step` to `step + 1` of `steps`."""
-    if step >= progressive.share * steps:
-        return views
-    full_size, crop_size = round(views.full_size * progressive.scale), round(views.crop_size * progressive.scale)
-    return replace(views, full_size=full_size, crop_size=crop_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from workloads.config import ConfigError, config_hash, to_yaml
 from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import TrainLoader
 from workloads.data.sample_plan import SamplePlan
-from workloads.data.views import make_views, views_at
+from workloads.data.views import make_views
 from workloads.loops.evaluate import GridEvaluation
 from workloads.optim import make_optimizer, rate_at
 from workloads.runtime import Runtime
@@ -108,7 +108,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
         while step < settings.steps:
             rate = settings.optimizer.lr * rate_at(step, settings.steps, settings.schedule)
             batch = next(batches)
-            loss, metrics = _update(model, optimizer, batch, rate, step, settings, runtime.device)
+            loss, metrics = _update(model, optimizer, batch, rate, settings, runtime.device)
             step += 1
             meter.add(batch, loss, metrics, rate)
 
@@ -118,6 +118,12 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
             record = meter.flush(step, settings.global_batch_size, _saved(runtime)) if log else {}
             if runtime.rank == 0:
                 runtime.progress(meter.line(), step=step, total_steps=settings.steps)
+            every = settings.evaluation.every_steps
+            if evaluation is not None and (last or (every is not None and step % every == 0)):
+                figures |= evaluation.run(objective, step=step, untrained=last)
+                model.train()
+                meter.restart()
+            # After the evaluation: a checkpoint of the last step says that the run is complete.
             if record:
                 folder = None
                 if (last or due) and runtime.rank == 0:
@@ -130,11 +136,6 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
                     )
                 runtime.report(record, step=step, folder=folder)
                 figures["train/loss"] = record["train/loss"]
-            every = settings.evaluation.every_steps
-            if evaluation is not None and (last or (every is not None and step % every == 0)):
-                figures |= evaluation.run(objective, step=step, untrained=last)
-                model.train()
-                meter.restart()
     finally:
         batches.close()  # type: ignore[attr-defined]
     return figures
@@ -145,14 +146,12 @@ def _update(
     optimizer: torch.optim.Optimizer,
     batch: ImageBatch,
     rate: float,
-    step: int,
     settings: PretrainConfig,
     device: torch.device,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    sizes = views_at(step, settings.steps, settings.views, settings.progressive)
-    views = make_views(batch.to(device), sizes, seed=settings.seed)
+    views = make_views(batch.to(device), settings.views, seed=settings.seed)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         result = model(views)
     optimizer.zero_grad(set_to_none=True)

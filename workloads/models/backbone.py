@@ -68,6 +68,11 @@ def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
             return lambda channels: nn.GroupNorm(min(32, channels), channels)
 
 
+def embedding_norm(norm: Norm, channels: int) -> nn.BatchNorm2d:
+    """Batch normalisation without scale and shift, over this worker's share or the global batch."""
+    return (GlobalBatchNorm2d if norm == "sync_batch" else nn.BatchNorm2d)(channels, affine=False)
+
+
 class Trunk(nn.Module):
     """A torchvision ResNet without its classifier.
 

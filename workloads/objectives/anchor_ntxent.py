@@ -16,7 +16,7 @@ from workloads.config import ConfigError, config
 from workloads.data.random import stream, uniform
 from workloads.data.regions import cell_centers, cell_of, centers_inside, one_hot_cell
 from workloads.distributed import averaged, gather_rows, global_mean, row_counts
-from workloads.models.backbone import BackboneConfig, Trunk
+from workloads.models.backbone import BackboneConfig, Trunk, embedding_norm
 from workloads.models.fpn import STRIDES, Pyramid
 from workloads.models.heads import Projector
 from workloads.types import CropGeometry, FeaturePyramid, StepResult, Views
@@ -45,6 +45,8 @@ class AnchorNTXentConfig:
     """Hidden width of the crop's projector."""
     crop_stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = ("C5",)
     """Stages of the trunk that the crop's projector reads, each averaged over the crop; [C5] is the paper's."""
+    center_embeddings: bool = True
+    """Whether embeddings are batch-normalised, without scale or shift, before the similarity; not with backbone.norm=group."""
     shared_trunk: bool = False
     """Whether crops and full views go through one trunk, or through one each as in the paper."""
     symmetric: bool = False
@@ -171,6 +173,12 @@ class AnchorNTXent(nn.Module):
         self.projector = Projector(
             sum(widths[stage] for stage in settings.crop_stages), settings.projector_hidden, settings.projection_dim
         )
+        # At first all embeddings are nearly parallel, and cosines tell nothing apart; centred, they do from the first step.
+        centers = settings.center_embeddings and backbone.norm != "group"
+        self.crop_center = embedding_norm(backbone.norm, settings.projection_dim) if centers else None
+        self.level_centers = nn.ModuleDict(
+            {level: embedding_norm(backbone.norm, settings.projection_dim) for level in settings.levels if centers}
+        )
         # ImageNet's statistics, so that supervised weights can be loaded and exported trunks need nothing new.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
@@ -180,7 +188,8 @@ class AnchorNTXent(nn.Module):
 
     def embed_grid(self, images: Tensor) -> FeaturePyramid:
         """Full views (B, 3, h, w) in [0, 1] to {level: (B, D, h/stride, w/stride)}."""
-        return self.pyramid(self.trunk(self._normalize(images)))
+        pyramid = self.pyramid(self.trunk(self._normalize(images)))
+        return {n: self.level_centers[n](level) if self.level_centers else level for n, level in pyramid.items()}
 
     def embed_crops(self, crops: Tensor) -> Tensor:
         """Query crops (N, 3, h, w) in [0, 1] to (N, D); of another size than in training, they are resized to that first."""
@@ -193,7 +202,8 @@ class AnchorNTXent(nn.Module):
         trunk = self.trunk if self.crop_trunk is None else self.crop_trunk
         stages = trunk(self._normalize(crops))
         pooled = [stages[stage].mean((-2, -1)) for stage in self.settings.crop_stages]
-        return self.projector(torch.cat(pooled, dim=-1))
+        embeddings = self.projector(torch.cat(pooled, dim=-1))
+        return embeddings if self.crop_center is None else self.crop_center(embeddings[..., None, None]).flatten(1)
 
     def forward(self, views: Views) -> StepResult:
         """The loss of this rank's views over the global batch, averaged over crops and levels."""
