@@ -100,6 +100,23 @@ def test_a_run_that_was_cut_off_ends_bit_equal(uri, tmp_path):
     assert losses[0] == losses[1]
 
 
+class CutInEvaluation(LocalRuntime):
+    """Dies when it is told of the last evaluation."""
+
+    def report(self, metrics, *, step, folder=None):
+        if step == 6 and "eval/sga" in metrics:
+            raise KeyboardInterrupt
+        super().report(metrics, step=step, folder=folder)
+
+
+def test_a_run_cut_off_in_its_last_evaluation_is_not_taken_for_complete(uri, tmp_path):
+    settings = settings_of(uri, "checkpoint_every=3", f"evaluation.uri={uri}")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings, CutInEvaluation(tmp_path))
+    assert "eval/sga" in pretrain(settings, LocalRuntime(tmp_path))
+    assert read_meta(LocalRuntime(tmp_path).latest_checkpoint()).step == 6
+
+
 def test_another_config_or_a_damaged_checkpoint_is_refused(uri, tmp_path):
     pretrain(settings_of(uri, "steps=2"), LocalRuntime(tmp_path))
     with pytest.raises(CheckpointError, match="another configuration"):
