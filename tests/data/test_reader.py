@@ -173,13 +173,16 @@ def bad_rows_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset
     return open_dataset(str(output))
 
 
-def test_undecodable_rows_are_masked_and_counted(tmp_path, monkeypatch):
+def test_undecodable_rows_are_masked_counted_and_logged(tmp_path, monkeypatch, caplog):
     opened = bad_rows_dataset(tmp_path, monkeypatch)
     loader = make_loader(opened, make_plan(opened), max_bad_share=0.05)
     batches = take(loader, 4)
     bad = [batch.image_ids[i] for batch in batches for i in range(10) if not batch.valid[i]]
     assert bad == ["07.jpg", "07.jpg"]
     assert loader.bad_rows == 2
+    assert [record.getMessage() for record in caplog.records].count(
+        "epoch 0: rows that do not decode are left out: 07.jpg"
+    ) == 1
 
 
 def test_too_many_undecodable_rows_fail_the_run_and_name_them(tmp_path, monkeypatch):

@@ -60,13 +60,15 @@ def _decode_with_pillow(data: bytearray) -> Tensor:
 
 
 def decode_batch(
-    encoded: Sequence[Encoded | None], *, decode_size: int | None, pool: ThreadPoolExecutor
+    encoded: Sequence[Encoded | None], *, decode_size: int | None, pool: ThreadPoolExecutor, pinned: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decode a batch into one canvas.
 
     With a `decode_size` s, an image whose longer side exceeds s is shrunk to it (antialiased, aspect kept; never
     enlarged) and stands at the top left of an s×s canvas, zeros elsewhere. Without one, images keep their resolution
     and the canvas is as large as the batch's largest height and width.
+
+    With `pinned` the canvas is in page-locked memory, from which a GPU copies while it computes.
 
     Returns:
         images uint8 (B, 3, H, W); content_hw and source_hw int64 (B, 2), pixels; valid bool (B,), False where there
@@ -75,26 +77,33 @@ def decode_batch(
     content = np.zeros((len(encoded), 2), dtype=np.int64)
     source = np.zeros((len(encoded), 2), dtype=np.int64)
     if decode_size is not None:
-        canvas = np.zeros((len(encoded), 3, decode_size, decode_size), dtype=np.uint8)
+        canvas = _canvas(len(encoded), decode_size, decode_size, pinned)
+        rows = canvas.numpy()
 
         def work(i: int) -> None:
             decoded = _try_decode(encoded[i], decode_size)
             if decoded is not None:
                 image, source[i] = decoded
                 content[i] = image.shape[1:]
-                _place(image, canvas[i])
+                _place(image, rows[i])
 
         _for_each(pool, work, len(encoded))
     else:
-        images = list(pool.map(lambda data: _try_decode(data, None), encoded))
-        for i, decoded in enumerate(images):
+        found = list(pool.map(lambda data: _try_decode(data, None), encoded))
+        for i, decoded in enumerate(found):
             if decoded is not None:
                 source[i] = content[i] = decoded[0].shape[1:]
         height, width = (max(1, int(side)) for side in content.max(axis=0, initial=0))
-        canvas = np.zeros((len(encoded), 3, height, width), dtype=np.uint8)
-        list(pool.map(_place, [decoded and decoded[0] for decoded in images], canvas))
-    tensors = [torch.from_numpy(array) for array in (canvas, content, source)]
-    return tensors[0], tensors[1], tensors[2], tensors[1][:, 0] > 0
+        canvas = _canvas(len(encoded), height, width, pinned)
+        list(pool.map(_place, [decoded and decoded[0] for decoded in found], canvas.numpy()))
+    return canvas, torch.from_numpy(content), torch.from_numpy(source), torch.from_numpy(content[:, 0] > 0)
+
+
+def _canvas(count: int, height: int, width: int, pinned: bool) -> Tensor:
+    if pinned:
+        return torch.zeros((count, 3, height, width), dtype=torch.uint8, pin_memory=True)
+    # numpy's zeros come from the system already cleared, torch clears them itself.
+    return torch.from_numpy(np.zeros((count, 3, height, width), dtype=np.uint8))
 
 
 def _for_each(pool: ThreadPoolExecutor, work: Callable[[int], None], count: int) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import logging
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from workloads.data.sample_plan import SamplePlan
 from workloads.types import ImageBatch
 
 _READ_AHEAD = 4
+
+_log = logging.getLogger(__name__)
 
 
 @config
@@ -105,8 +108,11 @@ class TrainLoader:
             for batch in batches:
                 if batch.epoch != epoch:
                     epoch, bad = batch.epoch, []
-                bad += [batch.image_ids[i] for i in torch.nonzero(~batch.valid).flatten().tolist()]
-                self.bad_rows += int((~batch.valid).sum())
+                undecodable = [batch.image_ids[i] for i in torch.nonzero(~batch.valid).flatten().tolist()]
+                if undecodable:
+                    _log.warning("epoch %d: rows that do not decode are left out: %s", epoch, ", ".join(undecodable))
+                bad += undecodable
+                self.bad_rows += len(undecodable)
                 if len(bad) > self._max_bad_share * self._rows_per_epoch:
                     raise DataError(
                         f"{len(bad)} rows of epoch {epoch} do not decode, more than data.max_bad_share="
@@ -294,7 +300,7 @@ class _Run:
         padding = share.size - len(ids)
         encoded += [None] * padding
         images, content_hw, source_hw, valid = decode_batch(
-            encoded, decode_size=self._config.decode_size, pool=self._decode_pool
+            encoded, decode_size=self._config.decode_size, pool=self._decode_pool, pinned=torch.cuda.is_available()
         )
         positions = np.concatenate([share.positions, np.full(padding, -1, dtype=np.int64)])
         return ImageBatch(
