@@ -1,6 +1,8 @@
 """SGA, RIGA, GAP-R against hand-computed cases and slow restatements; the protocol depends on nothing it should not."""
 
 import inspect
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from tests.data.test_views import batch_of
 from tests.oracles import grid_accuracy as oracle
 from workloads.config import ConfigError
+from workloads.data.decode import decode_batch
 from workloads.metrics import grid_accuracy
 from workloads.metrics.grid_accuracy import (
     MEAN_MAP,
@@ -205,3 +208,21 @@ def test_a_level_that_the_model_lacks_is_named():
     protocol = GridAccuracyConfig(levels=("P3", "P7"))
     with pytest.raises(ConfigError, match="P7"):
         measure(Oracle(), [], lambda: [batch_of(textured(1))], protocol)
+
+
+COCO = Path(__file__).parents[3] / "shared" / "data" / "coco" / "val2017"
+
+
+@pytest.mark.skipif(not COCO.is_dir(), reason="../shared/data/coco/val2017 is not beside this checkout")
+def test_on_photographs_chance_is_low_and_colour_alone_finds_half_of_the_plain_queries():
+    """Known of COCO val by this protocol: chance 4.3 %; `pixel` 50–62 % plain and about 20 % photometric."""
+    files = sorted(COCO.glob("*.jpg"))[:24]
+    with ThreadPoolExecutor(2) as pool:
+        images, content_hw, _, valid = decode_batch([f.read_bytes() for f in files], decode_size=None, pool=pool)
+    assert valid.all()
+    batch = batch_of(images, content_hw)
+    figures = summarize(measure(Blind(), [], lambda: [batch], GridAccuracyConfig(untrained_networks=0)), PROTOCOL)
+    assert 0.038 < figures["eval/chance"] < 0.048
+    assert 0.4 < figures["eval/pixel"] < 0.75
+    assert 0.1 < figures["eval/photometric/pixel"] < 0.35
+    assert figures["eval/sga"] < 0.15
