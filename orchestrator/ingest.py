@@ -230,8 +230,14 @@ def execute_on_ray(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTa
         return
     ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows images, Ray would show blocks
     rows = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(tasks)]
+    # Workers on other nodes need the address and the credentials of the object store that this process has.
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    place: dict[str, Any] = {"runtime_env": {"env_vars": aws}} if aws else {}
     written = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _run_pickled, num_cpus=tasks[0].threads, memory=64 * tasks[0].build.row_group_bytes
+        _run_pickled,
+        num_cpus=tasks[0].threads,
+        memory=64 * tasks[0].build.row_group_bytes,
+        **place,
     )
     for row in written.iter_rows():
         task = tasks[row["number"]]

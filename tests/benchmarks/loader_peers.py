@@ -172,7 +172,8 @@ def ray_data(folder: Path) -> Batches:
         return {"image": np.stack([decode_one(image["bytes"]) for image in batch["image"]])}
 
     while True:
-        data = ray.data.read_parquet(str(folder / "dataset"), columns=["image"], file_extensions=["parquet"])
+        files = sorted(str(path) for path in (folder / "dataset").glob("shard-*.parquet"))
+        data = ray.data.read_parquet(files, columns=["image"])
         data = data.map_batches(decode, batch_size=BATCH)
         for batch in data.iter_batches(batch_size=BATCH, prefetch_batches=2, local_shuffle_buffer_size=256):
             yield torch.from_numpy(batch["image"])
