@@ -1,5 +1,6 @@
 """What MLflow runs to load and call a logged model: images in, pyramid embeddings out."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 from mlflow.pyfunc import PythonModel
 
 from workloads.spec import load_model
+
+
+# The schema is given when the model is logged; MLflow asks for annotations on `predict` all the same.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.pyfunc\.utils\.data_validation")
 
 
 class PyramidModel(PythonModel):
