@@ -11,7 +11,6 @@ from mlflow.pyfunc import PythonModel
 
 from workloads.spec import load_model
 
-
 # The schema is given when the model is logged; MLflow asks for annotations on `predict` all the same.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.pyfunc\.utils\.data_validation")
 
