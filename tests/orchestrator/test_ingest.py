@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -72,6 +75,48 @@ def test_a_killed_build_shows_no_dataset_and_ends_the_same(source, tmp_path, mon
     assert build_dataset(config).sha256 == whole.sha256
     assert len(ran) == 2  # the first two stood
     assert not (tmp_path / "killed" / "_build").exists()
+
+
+KILLED_BUILD = """
+import os, signal, sys
+from orchestrator import ingest
+from workloads.data.shards import BuildConfig
+from workloads.data.sources import FolderSourceConfig
+
+at, writes = int(sys.argv[3]), 0
+
+class Dying(ingest.pafs.LocalFileSystem):
+    def open_output_stream(self, path, **named):
+        global writes
+        writes += 1
+        stream = super().open_output_stream(path, **named)
+        if writes == at:
+            stream.write(b"half a file")
+            stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stream
+
+ingest.resolve_uri = lambda uri: (Dying(), uri)
+ingest.pafs.LocalFileSystem = Dying
+source = FolderSourceConfig(inputs=(sys.argv[1],))
+ingest.build_dataset(BuildConfig(source=source, output=sys.argv[2], rows_per_shard=10, row_group_bytes=6000))
+"""
+
+
+@pytest.mark.parametrize("at", [1, 6, 13])  # the first shard, the note of a finished one, the manifest
+def test_sigkill_in_the_middle_of_a_write(source, tmp_path, at):
+    (source / "copy.jpg").write_bytes((source / "class_0" / "000.jpg").read_bytes())
+    whole = build_dataset(folder_build(source, tmp_path / "whole", **SMALL))
+    output = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED_BUILD, str(source), str(output), str(at)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (partial,) = output.rglob("*.partial-*")
+    assert partial.name.startswith({1: "shard-", 6: "dataset-", 13: "manifest.json"}[at])
+    with pytest.raises(DataError, match=r"holds no manifest\.json"):
+        open_dataset(str(output))
+    assert build_dataset(folder_build(source, output, **SMALL)).sha256 == whole.sha256
+    assert sorted(path.name for path in output.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
 
 
 def test_an_existing_dataset_is_kept_or_replaced_on_request(source, tmp_path):
