@@ -46,13 +46,17 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0 done, 1 the run failed, 2 the request was wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    # argparse takes positionals in one run only; people put key=value after options too.
+    if unknown := [other for other in others if other.startswith("-") or "=" not in other]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if options.command == "keys":
             for key, default, help_text in describe(PretrainConfig):
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
-        overrides = parse_overrides(options.overrides)
+        overrides = parse_overrides([*options.overrides, *others])
         return _train(options, overrides) if options.command == "train" else _evaluate(options, overrides)
     except (ConfigError, DataError, PlanError, CheckpointError) as error:
         _LOG.error("%s", error)
