@@ -15,6 +15,7 @@ import torch
 from ray.train.torch import get_device
 
 from orchestrator.progress import ProgressPublisher
+from workloads.runtime import averaging_gradients
 
 
 class RayRuntime:
@@ -42,11 +43,7 @@ class RayRuntime:
 
     def prepare(self, module: torch.nn.Module) -> torch.nn.Module:
         """Move `module` to the device; with several workers, average its gradients (DDP)."""
-        module = module.to(self.device)
-        if self.world_size == 1:
-            return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+        return averaging_gradients(module.to(self.device), self.device, self.world_size)
 
     def report(self, metrics: Mapping[str, float], *, step: int, folder: Path | None = None) -> None:
         """Queue metrics and, from rank 0, a folder, which belongs to this runtime from then on: sent, it is removed."""

@@ -51,6 +51,14 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
+def averaging_gradients(module: torch.nn.Module, device: torch.device, world_size: int) -> torch.nn.Module:
+    """`module`, already on `device`, wrapped so that several ranks average its gradients (DDP)."""
+    if world_size == 1:
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+
 class LocalRuntime:
     """One process, or one of torchrun's; writes `metrics.jsonl`, `checkpoints/` and `artifacts/` under `output`."""
 
@@ -67,11 +75,7 @@ class LocalRuntime:
             self.output.mkdir(parents=True, exist_ok=True)
 
     def prepare(self, module: torch.nn.Module) -> torch.nn.Module:
-        module = module.to(self.device)
-        if self.world_size == 1:
-            return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+        return averaging_gradients(module.to(self.device), self.device, self.world_size)
 
     def report(self, metrics: Mapping[str, float], *, step: int, folder: Path | None = None) -> None:
         if self.rank == 0:

@@ -98,7 +98,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     loader = TrainLoader(dataset, plan, settings.data, rank=runtime.rank, world_size=runtime.world_size)
     evaluation = GridEvaluation.of(settings, runtime)
     batches = loader.iterate(start_step=step)
-    meter = _Meter(loader, runtime.device)
+    meter = _Meter(loader)
     figures: dict[str, float] = {}
     try:
         if step == 0 and evaluation is not None:
@@ -108,9 +108,9 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
         while step < settings.steps:
             rate = settings.optimizer.lr * rate_at(step, settings.steps, settings.schedule)
             batch = next(batches)
-            loss, metrics = _update(model, optimizer, batch, rate, settings, runtime.device)
+            metrics = _update(model, optimizer, batch, rate, settings, runtime.device)
             step += 1
-            meter.add(batch, loss, metrics, rate)
+            meter.add(batch, metrics, rate)
 
             last = step == settings.steps
             due = settings.checkpoint_every is not None and step % settings.checkpoint_every == 0
@@ -148,7 +148,7 @@ def _update(
     rate: float,
     settings: PretrainConfig,
     device: torch.device,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> dict[str, Tensor]:
     for group in optimizer.param_groups:
         group["lr"] = rate
     views = make_views(batch.to(device), settings.views, seed=settings.seed)
@@ -157,7 +157,7 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
     result.loss.backward()
     optimizer.step()
-    return result.loss.detach(), dict(result.metrics)
+    return dict(result.metrics)
 
 
 def _resume(runtime: Runtime, objective: nn.Module, optimizer: torch.optim.Optimizer, run: CheckpointMeta) -> int:
@@ -190,7 +190,6 @@ class _Meter:
     """Sums between two records; nothing here waits for the device but `flush`."""
 
     loader: TrainLoader
-    device: torch.device
     steps: int = 0
     rate: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -204,7 +203,7 @@ class _Meter:
         self.recent.clear()
         self.started, self.waited = time.perf_counter(), self.loader.wait_seconds
 
-    def add(self, batch: ImageBatch, loss: Tensor, metrics: dict[str, Tensor], rate: float) -> None:
+    def add(self, batch: ImageBatch, metrics: dict[str, Tensor], rate: float) -> None:
         self.steps += 1
         self.rate = rate
         self.recent.append(batch.image_ids)
