@@ -83,6 +83,13 @@ def _s3_filesystem(endpoint: str | None, region: str, credentials: tuple[str | N
     )
 
 
+def is_final(error: BaseException) -> bool:
+    """Whether no repetition would mend `error`: no such place, not allowed, no such host."""
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        return True
+    return not isinstance(error, OSError) or _FINAL.search(str(error)) is not None
+
+
 def with_retries(operation: Callable[[], T], *, attempts: int = ATTEMPTS) -> T:
     """Do `operation`; on 5xx, timeouts and cut connections again, after growing, jittered waits.
 
@@ -92,10 +99,8 @@ def with_retries(operation: Callable[[], T], *, attempts: int = ATTEMPTS) -> T:
     for attempt in range(1, attempts + 1):
         try:
             return operation()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
-            raise
         except OSError as error:
-            if attempt == attempts or _FINAL.search(str(error)):
+            if attempt == attempts or is_final(error):
                 raise
             time.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0))
     raise AssertionError("unreachable")
