@@ -34,6 +34,10 @@ class DataError(Exception):
     """The data is not what it should be; the message names the file or row and how to mend it."""
 
 
+class StoreUnavailableError(DataError):
+    """The store did not answer for as long as one read may take; a later try may succeed."""
+
+
 def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path within it that a local path or a URI (`s3://bucket/prefix`) stands for.
 
@@ -81,6 +85,18 @@ def _s3_filesystem(endpoint: str | None, region: str, credentials: tuple[str | N
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=2),  # the rest is `with_retries`
         **options,
     )
+
+
+# How a store that is down, overloaded or cut off speaks through pyarrow.
+_OUTAGE = re.compile(
+    r"HTTP status 5\d\d|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT|curlCode|"
+    r"[Cc]onnection|[Tt]imed? ?out",
+)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the store did not answer, so that a later try may succeed; not: what it gave is damaged."""
+    return isinstance(error, OSError) and not is_final(error) and _OUTAGE.search(str(error)) is not None
 
 
 def is_final(error: BaseException) -> bool:

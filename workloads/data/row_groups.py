@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from workloads.data.disk_cache import DiskCache
-from workloads.data.filesystems import ATTEMPTS, DataError, with_retries
+from workloads.data.filesystems import ATTEMPTS, DataError, StoreUnavailableError, is_outage, with_retries
 from workloads.data.manifest import Dataset
 
 _OPEN_SHARDS = 256
@@ -64,6 +64,8 @@ class RowGroupReader:
                 return self._parse(group, data)
             data, parsed = with_retries(lambda: self._fetch(group), attempts=self._attempts)
         except (OSError, pa.ArrowException) as error:
+            if is_outage(error):
+                raise StoreUnavailableError(str(damaged_shard(self._dataset, shard, error))) from None
             raise damaged_shard(self._dataset, shard, error) from None
         if self._cache is not None:
             self._cache.put(name, data)
