@@ -105,7 +105,7 @@ def _measure(
     if uri is None:
         raise ConfigError("--data: needed, because the run was trained without an evaluation set")
     dataset = open_dataset(uri)
-    step = read_meta(checkpoint).step
+    step = read_meta(str(checkpoint)).step
     runtime = LocalRuntime(output)
     figures = evaluate(checkpoint, uri=uri, config=settings, runtime=runtime)
     is_own = uri == trained.evaluation.uri and settings == trained.evaluation

@@ -4,7 +4,6 @@ All that decides a byte is planned before the first image is read, so a shard is
 What a finished shard found out is kept beside it until the manifest stands: a build that was killed goes on from there.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from orchestrator import object_store
+from orchestrator.locks import hold
 from workloads.config import to_dict
 from workloads.data.filesystems import DataError, read_bytes, resolve_uri, with_retries
 from workloads.data.manifest import (
@@ -49,7 +49,6 @@ Reject = tuple[str, str, str]
 """(path in the source, image id, reason)"""
 
 _STATE_FOLDER = "_build"
-_LOCK_NAME = "_build.lock"
 _PARTIAL = ".partial-"
 
 
@@ -109,26 +108,8 @@ def only_builder(output: str) -> Iterator[None]:
     if output.startswith("s3://"):
         object_store.preflight(output)
         object_store.abort_stale_uploads(output)
-        with object_store.lock(f"{output.rstrip('/')}/{_LOCK_NAME}", what="building this dataset"):
-            yield
-        return
-    filesystem, root = resolve_uri(output)
-    if not isinstance(filesystem, pafs.LocalFileSystem):
+    with hold(output, what="building this dataset"):
         yield
-        return
-    try:
-        os.makedirs(root, exist_ok=True)
-        folder = os.open(root, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written ({error}); give another output") from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise DataError(f"{output}: another process is building this dataset; wait for it") from None
-    else:
-        yield
-    finally:
-        os.close(folder)
 
 
 def _build_parts(build: BuildConfig, progress: Progress | None, on_ray: bool) -> dict[str, Manifest]:

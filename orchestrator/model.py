@@ -9,12 +9,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as arrow_fs
+
 MODEL_NAME = "model"
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "torch", "torchvision")
 
 
-def log_checkpoint(checkpoint: Path, *, run_id: str, uri: str, step: int) -> str:
-    """Log the networks of `checkpoint` as the LoggedModel of run `run_id`; returns the model's URI."""
+def log_checkpoint(checkpoint: str, filesystem: arrow_fs.FileSystem, *, run_id: str, uri: str, step: int) -> str:
+    """Log the networks of the folder `checkpoint` as the LoggedModel of run `run_id`; returns the model's URI."""
     import logging
 
     import mlflow
@@ -29,7 +31,7 @@ def log_checkpoint(checkpoint: Path, *, run_id: str, uri: str, step: int) -> str
     images = TensorSpec(np.dtype("float32"), (-1, 3, -1, -1), name="images")
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id, log_system_metrics=False):
         weights = Path(folder, "checkpoint")
-        write_weights(checkpoint, weights)
+        write_weights(checkpoint, filesystem, weights)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # hints about signatures that are given here
             info = mlflow.pyfunc.log_model(
@@ -50,19 +52,15 @@ def _pinned() -> list[str]:
     return [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]
 
 
-def write_weights(checkpoint: Path, target: Path) -> None:
+def write_weights(checkpoint: str, filesystem: arrow_fs.FileSystem, target: Path) -> None:
     """Copy `checkpoint` without the optimiser's state, which is two thirds of it and of no use to a model's reader."""
-    import shutil
+    from workloads.checkpoint import CONFIG, Snapshot, read_checkpoint, write_checkpoint
+    from workloads.data.filesystems import read_bytes
 
-    import torch
-
-    from workloads.checkpoint import CONFIG, META, STATE, read_state
-
-    target.mkdir(parents=True)
-    state = read_state(checkpoint)
-    torch.save({"model": state["model"], "step": state["step"]}, target / STATE)
-    for name in (CONFIG, META):
-        shutil.copy2(checkpoint / name, target / name)
+    found = read_checkpoint(checkpoint, filesystem)
+    config = read_bytes(filesystem, f"{checkpoint}/{CONFIG}").decode()
+    weights = {"model": found.state["model"], "step": found.state["step"]}
+    write_checkpoint(Snapshot(meta=found.meta, config_yaml=config, state=weights), str(target))
 
 
 def fetch_weights(run_id: str, *, client: Any, folder: Path) -> Path | None:

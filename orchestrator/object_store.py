@@ -13,7 +13,7 @@ from typing import Any
 
 from workloads.data.filesystems import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, DataError
 
-LOCK_TTL_S = 60.0
+LOCK_TTL_S = 20.0
 """A lock that was not renewed for so long belongs to a process that died."""
 
 

@@ -1,4 +1,4 @@
-"""How far a run is, from the worker's step to the driver's terminal.
+"""How far a run is, from the worker's step to the driver's terminal; and the driver's word to stop, the other way.
 
 The worker's step only leaves its newest line in a slot; a thread publishes the slot through Ray's own key-value store
 twice a second. That costs no extra actor, and nothing that a training step waits for.
@@ -20,7 +20,9 @@ class ProgressPublisher:
     """The worker's side; progress is best effort, so what goes wrong in publishing is dropped."""
 
     def __init__(self, key: str) -> None:
-        self._key = f"progress/{key}"
+        self._key, self._stop_key = f"progress/{key}", f"stop/{key}"
+        self.stop_asked = False
+        """Whether the driver wants the run to save and end."""
         self._line: dict[str, Any] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -36,7 +38,7 @@ class ProgressPublisher:
         self._thread.join(2.0)
 
     def _run(self) -> None:
-        from ray.experimental.internal_kv import _internal_kv_put
+        from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
         while True:
             stopping = self._stop.wait(_PERIOD_S)
@@ -44,8 +46,24 @@ class ProgressPublisher:
             if line is not None:
                 with contextlib.suppress(Exception):
                     _internal_kv_put(self._key, json.dumps(line), namespace=_NAMESPACE)
+            with contextlib.suppress(Exception):
+                self.stop_asked = self.stop_asked or _internal_kv_exists(self._stop_key, namespace=_NAMESPACE)
             if stopping:
                 return
+
+
+def ask_to_stop(key: str) -> None:
+    """The driver's word to the run `key`: save a checkpoint and end."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(f"stop/{key}", "1", namespace=_NAMESPACE)
+
+
+def forget_stop(key: str) -> None:
+    """Take the word back, so that the run can go on."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(f"stop/{key}", namespace=_NAMESPACE)
 
 
 class ProgressWatcher:

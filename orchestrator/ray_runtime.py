@@ -15,7 +15,9 @@ import torch
 from ray.train.torch import get_device
 
 from orchestrator.progress import ProgressPublisher
-from workloads.runtime import averaging_gradients
+from workloads.checkpoint import CheckpointStore, CheckpointWriter, Restored, Snapshot, read_newest_everywhere
+from workloads.data.filesystems import resolve_uri, with_retries
+from workloads.runtime import Request, agreed, averaging_gradients
 
 
 class RayRuntime:
@@ -25,7 +27,7 @@ class RayRuntime:
     from a thread of their own, in order: every rank makes the same calls, and no step waits for them.
     """
 
-    def __init__(self, *, progress_key: str) -> None:
+    def __init__(self, *, progress_key: str, checkpoints: CheckpointStore, patience_s: float = 300.0) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
@@ -34,10 +36,14 @@ class RayRuntime:
         self._entered = time.time()
         self._extra: dict[str, float] = {}
         self._progress = ProgressPublisher(progress_key) if self.rank == 0 else None
+        self._checkpoints = checkpoints
+        self._patience_s = patience_s
+        self._writer: CheckpointWriter | None = None
+        self._restored_step: int | None = None
+        self._watch_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+        self._preemption_known = False
         self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
         self._failure: BaseException | None = None
-        # Asked for once: later `get_checkpoint` waits for a lock that a report under way holds.
-        self._latest = _on_disk(ray.train.get_checkpoint())
         self._reporter = threading.Thread(target=self._send_reports, name="reports", daemon=True)
         self._reporter.start()
 
@@ -45,10 +51,12 @@ class RayRuntime:
         """Move `module` to the device; with several workers, average its gradients (DDP)."""
         return averaging_gradients(module.to(self.device), self.device, self.world_size)
 
-    def report(self, metrics: Mapping[str, float], *, step: int, folder: Path | None = None) -> None:
+    def report(self, metrics: Mapping[str, float], *, step: int, artifacts: Path | None = None) -> None:
         """Queue metrics and, from rank 0, a folder, which belongs to this runtime from then on: sent, it is removed."""
         self._raise_failure()
         line: dict[str, Any] = {"step": step, "time_ms": int(time.time() * 1000)}
+        if self._writer is not None:
+            metrics = {**metrics, "fault/checkpoint_retries": self._writer.retries} if self._writer.retries else metrics
         if self.rank == 0:
             line |= {key: float(value) for key, value in metrics.items()}
             if self.first_step_time is not None:
@@ -56,11 +64,44 @@ class RayRuntime:
                 self._extra = {}
             elif step == 0 and "startup/evaluation_s" not in self._extra:
                 self._extra["startup/evaluation_s"] = time.time() - self._entered
-        self._queue.put((line, folder))
+        self._queue.put((line, artifacts))
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is on this machine's disk, or None before the first."""
-        return self._latest
+    def restore(self) -> Restored | None:
+        """The newest whole checkpoint of the run's storage, the same on every rank."""
+        found = read_newest_everywhere(self._checkpoints, device=self.device)
+        if found is not None:
+            self._restored_step = found.meta.step
+            self._extra["fault/damaged_checkpoints"] = float(len(found.passed_over))
+        return found
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Hand rank 0's snapshot to the thread that writes it to the run's storage."""
+        self._raise_failure()
+        if self._writer is None:
+            self._writer = CheckpointWriter(self._checkpoints, patience_s=self._patience_s)
+        self._writer.submit(snapshot)
+
+    def flush(self) -> None:
+        """Wait until the newest snapshot is in the storage."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint that is known to be whole."""
+        written = self._writer.newest if self._writer is not None else None
+        return written.step if written is not None else self._restored_step
+
+    def request(self) -> Request:
+        """`stop` once the driver passed on that it was told to end; `save` when a node of the run is about to be taken."""
+        stop = self._progress is not None and self._progress.stop_asked
+        return agreed("stop" if stop else "save" if self._preempted() else "go on", self.device)
+
+    def _preempted(self) -> bool:
+        if not self._watch_preemption:
+            return False
+        known = ray.train.get_preemption_info() is not None
+        fresh, self._preemption_known = known and not self._preemption_known, known
+        return fresh
 
     def progress(self, line: Mapping[str, float], *, step: int, total_steps: int) -> None:
         """Show the newest line; also notes when the first step was done."""
@@ -79,6 +120,8 @@ class RayRuntime:
 
     def close(self, *, timeout_s: float | None = None) -> None:
         """Send what is still queued, for at most `timeout_s`."""
+        if self._writer is not None:
+            self._writer.close()
         self._queue.put(None)
         self._reporter.join(timeout_s)
         if self._progress is not None:
@@ -92,48 +135,32 @@ class RayRuntime:
 
     def _send_reports(self) -> None:
         while (item := self._queue.get()) is not None:
-            line, folder = item
+            line, artifacts = item
             try:
-                self._send(line, folder)
+                if artifacts is not None:
+                    line["artifacts"] = self._store_artifacts(artifacts, step=line["step"])
+                ray.train.report(line)
             except BaseException as error:
                 self._failure = error
                 return
             finally:
-                if folder is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
+                if artifacts is not None:
+                    shutil.rmtree(artifacts, ignore_errors=True)
 
-    def _send(self, line: dict[str, Any], folder: Path | None) -> None:
-        checkpoint = None
-        if folder is not None and self.rank == 0:
-            if (folder / "artifacts").is_dir():
-                line["artifacts"] = _store_artifacts(folder / "artifacts", step=line["step"])
-                shutil.rmtree(folder / "artifacts")
-            if (folder / "state.pt").is_file():
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(line, checkpoint=checkpoint)
-        if checkpoint is not None:
-            stored = ray.train.get_checkpoint()
-            if stored is not None and isinstance(stored.filesystem, arrow_fs.LocalFileSystem):
-                self._latest = Path(stored.path)
+    def _store_artifacts(self, folder: Path, *, step: int) -> str:
+        """Copy `folder` beside the run's checkpoints; returns where it lies within the run's folder."""
+        place = f"artifacts/step_{step:08d}"
+        filesystem = self._checkpoints.filesystem
+        target = f"{self._checkpoints.folder.rpartition('/')[0]}/{place}"
 
+        def copy() -> None:
+            filesystem.create_dir(target, recursive=True)
+            arrow_fs.copy_files(
+                str(folder), target, source_filesystem=arrow_fs.LocalFileSystem(), destination_filesystem=filesystem
+            )
 
-def _on_disk(checkpoint: "ray.train.Checkpoint | None") -> Path | None:
-    """The checkpoint's folder, fetched first if it is in an object store."""
-    if checkpoint is None:
-        return None
-    is_local = isinstance(checkpoint.filesystem, arrow_fs.LocalFileSystem)
-    return Path(checkpoint.path if is_local else checkpoint.to_directory())
-
-
-def _store_artifacts(folder: Path, *, step: int) -> str:
-    """Copy `folder` beside the run's checkpoints; returns where it lies within the run's storage."""
-    storage = ray.train.get_context().get_storage()
-    place = f"artifacts/step_{step:08d}"
-    target = f"{storage.experiment_fs_path}/{place}"
-    storage.storage_filesystem.create_dir(target, recursive=True)
-    local, remote = arrow_fs.LocalFileSystem(), storage.storage_filesystem
-    arrow_fs.copy_files(str(folder), target, source_filesystem=local, destination_filesystem=remote)
-    return place
+        with_retries(copy)
+        return place
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, float]:
@@ -145,7 +172,14 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     from workloads.loops.pretrain import pretrain
     from workloads.spec import PretrainConfig
 
-    runtime = RayRuntime(progress_key=job["progress_key"])
+    filesystem, folder = resolve_uri(job["storage"])
+    runtime = RayRuntime(
+        progress_key=job["progress_key"],
+        checkpoints=CheckpointStore(
+            filesystem, f"{folder}/checkpoints", keep=job["keep_checkpoints"], best_metric=job["best_metric"]
+        ),
+        patience_s=job["patience_s"],
+    )
     timings = {
         **job["timings"],
         "startup/workers_s": entered - job["submitted"],

@@ -1,12 +1,15 @@
 """A run's identity: its name in the storage belongs to one configuration, for good."""
 
+import contextlib
 import json
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.fs as arrow_fs
 
+from orchestrator.locks import hold
 from orchestrator.spec import TrainExperiment
 from workloads.config import ConfigError, config_hash, flatten
 from workloads.data.manifest import DataError, resolve_uri
@@ -45,6 +48,22 @@ def open_storage(uri: str) -> tuple[arrow_fs.FileSystem, str]:
 def run_name(experiment: TrainExperiment) -> str:
     """The run's name: the one asked for, else the experiment's name and the beginning of its config's hash."""
     return experiment.tracking.run_name or f"{experiment.name}-{config_hash(experiment.science)[:8]}"
+
+
+@contextlib.contextmanager
+def hold_run(experiment: TrainExperiment) -> Iterator[None]:
+    """Be the only driver of the run's name while the context lasts; a driver that died lets go.
+
+    Raises:
+        ConfigError: another process drives it, or nothing can be written there.
+    """
+    name = run_name(experiment)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(f"{experiment.storage.path.rstrip('/')}/{name}", what=f"training run {name!r}"))
+        except DataError as error:
+            raise ConfigError(f"storage.path: {error}") from None
+        yield
 
 
 def claim_run(experiment: TrainExperiment) -> Run:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from workloads.config import config
+from workloads.config import ConfigError, config
 from workloads.spec import PretrainConfig
 
 
@@ -13,8 +13,8 @@ from workloads.spec import PretrainConfig
 class ScalingConfig:
     """How many workers train, and what each of them gets."""
 
-    num_workers: PositiveInt = 1
-    """Training processes; the global batch is divided among them."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Training processes, among which the global batch is divided: a number, or [fewest, most] to follow the cluster's size."""
 
     cpus_per_worker: PositiveInt = 2
     """Ray CPUs that each worker holds."""
@@ -36,6 +36,35 @@ class ScalingConfig:
 
     poll_interval_s: PositiveFloat = 0.5
     """How often the controller asks the workers for reports and signs of life, seconds."""
+
+    resize_check_s: PositiveFloat = 10.0
+    """How often a run with [fewest, most] workers looks whether there is room for more of them, seconds."""
+
+    hang_timeout_s: PositiveFloat = 600.0
+    """How long a worker may neither finish a step nor die before it is taken for hung and the run continued without it."""
+
+    def __post_init__(self) -> None:
+        if self.fewest_workers > self.most_workers:
+            raise ConfigError(f"scaling.num_workers: expected [fewest, most], given {list(self._range)}")
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def fewest_workers(self) -> int:
+        """The run waits until there is room for so many."""
+        return self._range[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The run never has more."""
+        return self._range[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change during the run."""
+        return self.fewest_workers < self.most_workers
 
     @property
     def threads(self) -> int:
@@ -73,6 +102,21 @@ class StorageConfig:
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that stay; older ones are deleted."""
 
+    best_metric: str | None = "eval/sga"
+    """The checkpoint with the highest value of this metric stays too; null: only the newest stay."""
+
+
+@config
+class FailureConfig:
+    """How long a run goes on trying."""
+
+    retries: NonNegativeInt = 3
+    """How often a failed attempt is continued from its newest checkpoint without getting any further; what would fail the
+    same way again is never retried."""
+
+    patience_s: PositiveFloat = 600.0
+    """How long the object store, the cluster's control processes or a lost node may stay away, seconds."""
+
 
 @config
 class TrainExperiment(PretrainConfig):
@@ -81,8 +125,7 @@ class TrainExperiment(PretrainConfig):
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: StorageConfig = StorageConfig()
-    retries: NonNegativeInt = 2
-    """How often a failed attempt is continued from its last checkpoint; a fault in the request is never retried."""
+    failure: FailureConfig = FailureConfig()
 
     @property
     def science(self) -> PretrainConfig:

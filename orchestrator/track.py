@@ -295,11 +295,11 @@ class MlflowSink:
             self._client.log_artifacts(self.run_id, local)
         self._artifacts_seen.add(folder)
 
-    def log_model(self, checkpoint: Path, *, step: int) -> str:
-        """Keep the model of `checkpoint` with the run, as a LoggedModel; returns its URI."""
+    def log_model(self, checkpoint: str, *, step: int) -> str:
+        """Keep the model of the folder `checkpoint` of the run's storage with the run, as a LoggedModel; returns its URI."""
         from orchestrator.model import log_checkpoint
 
-        return log_checkpoint(checkpoint, run_id=self.open(), uri=self._uri, step=step)
+        return log_checkpoint(checkpoint, self._filesystem, run_id=self.open(), uri=self._uri, step=step)
 
     def close(self, status: str) -> None:
         """End the run: FINISHED, FAILED or KILLED."""

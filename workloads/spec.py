@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from workloads.checkpoint import CONFIG, read_state
+from workloads.checkpoint import CONFIG, read_checkpoint
 from workloads.config import ConfigError, apply_overrides, build, config, read_yaml
 from workloads.data.reader import DataConfig
 from workloads.data.views import ViewsConfig
@@ -15,7 +15,7 @@ from workloads.models.backbone import BackboneConfig
 from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
 from workloads.optim import AdamWConfig, OptimizerConfig, ScheduleConfig
 
-ORCHESTRATOR_SECTIONS = ("scaling", "tracking", "storage", "retries")
+ORCHESTRATOR_SECTIONS = ("scaling", "tracking", "storage", "failure")
 """Sections of an experiment file that say where it runs, not what; a run without Ray and MLflow skips them."""
 
 
@@ -55,7 +55,16 @@ class PretrainConfig:
     log_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two records of train/*."""
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between checkpoints; null: at the end only."""
+    """Steps between checkpoints; there is one at every evaluation, at the end, and when the run is told to stop, too."""
+    checkpoint_epochs: Annotated[int, Field(ge=1)] | None = 1
+    """Epochs between checkpoints; null: none at the end of an epoch."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Images of a worker that have a graph in memory at a time (gradient caching: the same loss and gradients, a forward
+    pass more); null: the worker's whole share. Needs backbone.norm=group."""
+    allow_local_statistics: bool = False
+    """Let BatchNorm see a worker's share or a micro-batch only, which makes each number of workers another model."""
+    ledger: str | None = None
+    """Local folder in which each worker lists the images that it trained on, step by step; null: no list."""
     data: DataConfig
     views: ViewsConfig = ViewsConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -68,6 +77,13 @@ class PretrainConfig:
         if self.backbone.weights == "imagenet" and self.backbone.norm != "batch":
             raise ConfigError("backbone.weights: ImageNet weights come with backbone.norm=batch only")
         self.objective.check_views(self.views.full_size)
+        if self.micro_batch_size is not None and self.backbone.norm == "sync_batch":
+            raise ConfigError("micro_batch_size: sync_batch needs the whole batch at once; use backbone.norm=group")
+        if self.micro_batch_size is not None and self.backbone.norm == "batch" and not self.allow_local_statistics:
+            raise ConfigError(
+                "micro_batch_size: batch would normalise over each micro-batch, which is another model; "
+                "use backbone.norm=group, or say allow_local_statistics=true"
+            )
 
 
 def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> AnchorNTXent:
@@ -104,5 +120,5 @@ def load_model(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple
     """
     settings = build(PretrainConfig, read_yaml(checkpoint / CONFIG))
     model = build_objective(settings).to(device)
-    model.load_state_dict(read_state(checkpoint, device=device)["model"])
+    model.load_state_dict(read_checkpoint(str(checkpoint), device=device).state["model"])
     return model.eval(), settings

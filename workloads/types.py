@@ -43,6 +43,10 @@ class CropGeometry:
         """float32 (B, K, 2): the crop's centre in pixels of the full view."""
         return (self.box_xyxy[..., :2] + self.box_xyxy[..., 2:]) / 2
 
+    def rows(self, part: slice) -> "CropGeometry":
+        """The geometry of some of the images."""
+        return replace(self, **{n: getattr(self, n)[part] for n in ("box_xyxy", "crop_flips", "full_flips")})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
@@ -54,6 +58,11 @@ class Views:
     valid: Tensor  # bool (B,)
     positions: Tensor  # int64 (B,)
     epoch: int
+
+    def rows(self, part: slice) -> "Views":
+        """The views of some of the images."""
+        tensors = {n: getattr(self, n)[part] for n in ("full", "crops", "valid", "positions")}
+        return replace(self, geometry=self.geometry.rows(part), **tensors)
 
 
 FeaturePyramid = dict[str, Tensor]

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--niceness", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     uri = str(Path(options.dataset).resolve())
     common = [f"data.uri={uri}", f"steps={options.steps}", "log_every=10", "evaluation.uri=null", *options.overrides]
     placed = [f"scaling.niceness={options.niceness}", f"scaling.cpus_per_worker={options.threads}"]

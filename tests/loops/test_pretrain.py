@@ -10,7 +10,7 @@ from orchestrator.ingest import build_dataset
 from tests.data.images import make_folder
 from tests.processes import run_on_ranks
 from workloads.__main__ import main
-from workloads.checkpoint import CheckpointError, read_meta, read_state
+from workloads.checkpoint import CheckpointError, CheckpointStore
 from workloads.config import ConfigError, apply_overrides, build, parse_overrides, to_yaml
 from workloads.data.manifest import DataError
 from workloads.data.shards import BuildConfig
@@ -58,10 +58,20 @@ def records(output: Path) -> list[dict]:
 class Cut(LocalRuntime):
     """Dies when it is told of step 4."""
 
-    def report(self, metrics, *, step, folder=None):
+    def report(self, metrics, *, step, artifacts=None):
         if step == 4:
+            self.flush()
             raise KeyboardInterrupt
-        super().report(metrics, step=step, folder=folder)
+        super().report(metrics, step=step, artifacts=artifacts)
+
+
+def store_of(output: Path) -> CheckpointStore:
+    return LocalRuntime(output).checkpoints
+
+
+def newest(output: Path) -> Path:
+    store = store_of(output)
+    return Path(store.path_of(store.steps()[-1]))
 
 
 def test_a_run_leaves_records_a_checkpoint_and_pictures(uri, tmp_path):
@@ -74,13 +84,12 @@ def test_a_run_leaves_records_a_checkpoint_and_pictures(uri, tmp_path):
     assert "eval/riga" not in measured[0] and "eval/riga" in measured[1]
     assert 0 <= lines[1]["train/data_wait_share"] <= 1 and lines[1]["train/images_per_s"] > 0
     assert measured[1]["eval/images"] == 7
-    meta = read_meta(LocalRuntime(tmp_path).latest_checkpoint())
-    assert meta.step == 6
+    assert store_of(tmp_path).steps()[-1] == 6
     pictures = sorted(p.name for p in (tmp_path / "artifacts" / "heatmaps").iterdir())
     assert pictures == [f"{s}_step_{n:07d}.png" for s in ("photometric", "plain") for n in (0, 6)]
 
     again = evaluate(
-        LocalRuntime(tmp_path).latest_checkpoint(),
+        newest(tmp_path),
         uri=uri,
         config=settings.evaluation,
         runtime=LocalRuntime(tmp_path / "again"),
@@ -93,9 +102,9 @@ def test_a_run_that_was_cut_off_ends_bit_equal(uri, tmp_path):
     pretrain(settings, LocalRuntime(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
         pretrain(settings, Cut(tmp_path / "cut"))
-    assert read_meta(LocalRuntime(tmp_path / "cut").latest_checkpoint()).step == 2
+    assert store_of(tmp_path / "cut").steps() == [2, 3]  # the last within the window of the record that is lost
     pretrain(settings, LocalRuntime(tmp_path / "cut"))
-    states = [read_state(LocalRuntime(tmp_path / name).latest_checkpoint())["model"] for name in ("whole", "cut")]
+    states = [store_of(tmp_path / name).read_newest().state["model"] for name in ("whole", "cut")]
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
     losses = [[r["train/loss"] for r in records(tmp_path / name)] for name in ("whole", "cut")]
     assert losses[0] == losses[1]
@@ -104,10 +113,10 @@ def test_a_run_that_was_cut_off_ends_bit_equal(uri, tmp_path):
 class CutInEvaluation(LocalRuntime):
     """Dies when it is told of the last evaluation."""
 
-    def report(self, metrics, *, step, folder=None):
+    def report(self, metrics, *, step, artifacts=None):
         if step == 6 and "eval/sga" in metrics:
             raise KeyboardInterrupt
-        super().report(metrics, step=step, folder=folder)
+        super().report(metrics, step=step, artifacts=artifacts)
 
 
 def test_a_run_cut_off_in_its_last_evaluation_is_not_taken_for_complete(uri, tmp_path):
@@ -115,16 +124,16 @@ def test_a_run_cut_off_in_its_last_evaluation_is_not_taken_for_complete(uri, tmp
     with pytest.raises(KeyboardInterrupt):
         pretrain(settings, CutInEvaluation(tmp_path))
     assert "eval/sga" in pretrain(settings, LocalRuntime(tmp_path))
-    assert read_meta(LocalRuntime(tmp_path).latest_checkpoint()).step == 6
+    assert store_of(tmp_path).steps()[-1] == 6
 
 
 def test_another_config_or_a_damaged_checkpoint_is_refused(uri, tmp_path):
     pretrain(settings_of(uri, "steps=2"), LocalRuntime(tmp_path))
     with pytest.raises(CheckpointError, match="another configuration"):
         pretrain(settings_of(uri, "steps=3"), LocalRuntime(tmp_path))
-    checkpoint = LocalRuntime(tmp_path).latest_checkpoint()
+    checkpoint = newest(tmp_path)
     (checkpoint / "state.pt").write_bytes((checkpoint / "state.pt").read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
         load_model(checkpoint)
 
 
@@ -195,7 +204,7 @@ def test_the_command_line_says_what_is_wrong_and_exits_with_2(uri, tmp_path, cap
         )
         == 1
     )
-    checkpoint = LocalRuntime(tmp_path / "run").latest_checkpoint()
+    checkpoint = newest(tmp_path / "run")
     assert main(["evaluate", str(checkpoint)]) == 2
     assert main(["evaluate", str(checkpoint), f"uri={uri}", "--output", str(tmp_path / "e")]) == 0
     assert "eval/gap_r" in records(tmp_path / "e")[0] or "eval/riga" in records(tmp_path / "e")[0]

@@ -16,6 +16,7 @@ steps: 20
 global_batch_size: 8
 log_every: 5
 checkpoint_every: 10
+checkpoint_epochs: null
 channels_last: false
 data: {{uri: {train}, decode_size: 64, decode_threads: 1, io_threads: 1}}
 views: {{full_size: 64, crop_size: 32, crops_per_image: 2}}
@@ -31,7 +32,7 @@ evaluation:
 scaling: {{num_workers: {workers}, cpus_per_worker: 1, poll_interval_s: 0.1}}
 tracking: {{system_metrics: false}}
 storage: {{path: {output}}}
-retries: 0
+failure: {{retries: 0}}
 """
 
 

@@ -100,7 +100,7 @@ def test_two_workers_on_two_nodes_train_one_tracked_run(
     assert {"config.sha256", "data.manifest_sha256", "ray.job_id"} <= tags.keys()
     assert {item.dataset.name for item in found[0].inputs.dataset_inputs} == {"train", "heldout"}
     assert len(client.list_artifacts(run_id, "heatmaps")) == 4
-    checkpoints = [path for path in (folder / "runs" / "both").glob("checkpoint_*") if path.is_dir()]
+    checkpoints = [path for path in (folder / "runs" / "both" / "checkpoints").glob("step_*") if path.is_dir()]
     assert len(checkpoints) == 2 and all((path / "meta.json").is_file() for path in checkpoints)
 
 
@@ -149,7 +149,7 @@ def test_evaluate_agrees_with_the_run_and_names_another_dataset(
 def test_a_loss_that_is_no_number_fails_the_run(
     on_cluster: None, two_workers: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ["optimizer.lr=1e30", "tracking.run_name=broken", "evaluation.uri=null", "retries=3"]
+    overrides = ["optimizer.lr=1e30", "tracking.run_name=broken", "evaluation.uri=null", "failure.retries=3"]
     assert run(["train", str(two_workers), *overrides]) == 1
     captured = capsys.readouterr()
     assert "the loss is nan" in captured.err and captured.err.count("\n") == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workloads.checkpoint import new_folder, read_meta
+from workloads.checkpoint import read_meta
 from workloads.config import config_hash, to_dict
 from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import DataConfig, EvalLoader
@@ -15,7 +15,7 @@ from workloads.distributed import gather_rows
 from workloads.metrics import grid_accuracy
 from workloads.metrics.grid_accuracy import SUITES, GridModel
 from workloads.reports.heatmaps import draw_heatmaps
-from workloads.runtime import Runtime
+from workloads.runtime import Runtime, new_folder
 from workloads.spec import EvaluationConfig, PretrainConfig, build_objective, load_model
 from workloads.types import ImageBatch
 
@@ -52,8 +52,8 @@ class GridEvaluation:
         folder = None
         if self.runtime.rank == 0:
             folder = new_folder()
-            self._write_artifacts(folder / "artifacts", model, tables, figures, step)  # type: ignore[arg-type]
-        self.runtime.report(figures, step=step, folder=folder)
+            self._write_artifacts(folder, model, tables, figures, step)  # type: ignore[arg-type]
+        self.runtime.report(figures, step=step, artifacts=folder)
         return figures
 
     def _untrained(self) -> list[GridModel]:
@@ -150,4 +150,6 @@ def evaluate(
     """
     dataset = open_dataset(uri)
     model, run = load_model(checkpoint, device=runtime.device)
-    return GridEvaluation(run, config, dataset, runtime).run(model, step=read_meta(checkpoint).step, untrained=True)
+    return GridEvaluation(run, config, dataset, runtime).run(
+        model, step=read_meta(str(checkpoint)).step, untrained=True
+    )

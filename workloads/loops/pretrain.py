@@ -1,19 +1,23 @@
 """Pretraining: from the sample plan's next batch to an update, with a report, a checkpoint and an evaluation now and then."""
 
 import collections
+import contextlib
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from workloads.checkpoint import CheckpointError, CheckpointMeta, new_folder, read_meta, read_state, write_checkpoint
+from workloads.checkpoint import CheckpointError, CheckpointMeta, Restored, take_snapshot
 from workloads.config import ConfigError, config_hash, to_yaml
+from workloads.data.ledger import Ledger
 from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import TrainLoader
 from workloads.data.sample_plan import SamplePlan
 from workloads.data.views import make_views
+from workloads.gradient_cache import backward_in_micro_batches
 from workloads.loops.evaluate import GridEvaluation
 from workloads.optim import make_optimizer, rate_at
 from workloads.runtime import Runtime
@@ -23,6 +27,10 @@ from workloads.types import ImageBatch
 
 class NonFiniteLossError(Exception):
     """The loss became NaN or infinite; the message names the step, the images and the last good checkpoint."""
+
+
+class RunStoppedError(Exception):
+    """The run was asked to stop, and did so with a checkpoint; the message says at which step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +56,11 @@ def preflight(settings: PretrainConfig, world_size: int) -> Preflight:
         raise ConfigError(
             f"scaling.num_workers: {world_size} workers are more than the {plan.lanes} lanes of the sample plan; "
             "use fewer workers, or a larger data.lanes (a divisor of global_batch_size)"
+        )
+    if world_size > 1 and settings.backbone.norm == "batch" and not settings.allow_local_statistics:
+        raise ConfigError(
+            "backbone.norm: batch normalises over each worker's share, so another number of workers is another model; "
+            "use group or sync_batch, or say allow_local_statistics=true"
         )
     held_out = open_dataset(settings.evaluation.uri) if settings.evaluation.uri else None
     missing = set(settings.evaluation.protocol.levels) - set(settings.objective.levels)
@@ -84,6 +97,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
         ConfigError, DataError, PlanError: the request cannot work.
         CheckpointError: the newest checkpoint belongs to another config or dataset, or is damaged.
         NonFiniteLossError: the loss is NaN or infinite.
+        RunStoppedError: the run was asked to stop.
     """
     dataset, plan = _open(settings)
     torch.manual_seed(settings.seed)
@@ -92,57 +106,85 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
         objective = objective.to(memory_format=torch.channels_last)
     model = runtime.prepare(objective)
     optimizer = make_optimizer(objective, settings.optimizer)
-    meta = CheckpointMeta(step=0, config_sha256=config_hash(settings), manifest_sha256=dataset.manifest.sha256)
-    step = _resume(runtime, objective, optimizer, meta)
+    identity = CheckpointMeta(step=0, config_sha256=config_hash(settings), manifest_sha256=dataset.manifest.sha256)
+    restored = _resume(runtime, objective, optimizer, identity)
+    step = restored.meta.step if restored is not None else 0
 
     loader = TrainLoader(dataset, plan, settings.data, rank=runtime.rank, world_size=runtime.world_size)
     evaluation = GridEvaluation.of(settings, runtime)
     batches = loader.iterate(start_step=step)
     meter = _Meter(loader)
+    ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None
     figures: dict[str, float] = {}
     try:
         if step == 0 and evaluation is not None:
             figures = evaluation.run(objective, step=0, untrained=False)
         model.train()
-        meter.restart()
+        meter.restart() if restored is None else meter.resume(restored.state["window"])
         while step < settings.steps:
             rate = settings.optimizer.lr * rate_at(step, settings.steps, settings.schedule)
             batch = next(batches)
-            metrics = _update(model, optimizer, batch, rate, settings, runtime.device)
+            metrics = _update(model, objective, optimizer, batch, rate, settings, runtime.device)
             step += 1
             meter.add(batch, metrics, rate)
+            if ledger is not None:
+                ledger.add(step, batch)
 
             last = step == settings.steps
-            due = settings.checkpoint_every is not None and step % settings.checkpoint_every == 0
-            log = last or due or step % settings.log_every == 0
-            record = meter.flush(step, settings.global_batch_size, _saved(runtime)) if log else {}
+            log = last or step % settings.log_every == 0
+            # Ranks must agree, which is waiting for each other: with several of them, where they wait anyway.
+            request = runtime.request() if log or runtime.world_size == 1 else "go on"
+            every = settings.evaluation.every_steps
+            evaluate = evaluation is not None and (last or (every is not None and step % every == 0))
+            save = last or evaluate or request != "go on" or _is_due(step, settings, plan.steps_per_epoch)
+            if log or save:
+                meter.check(step, _saved(runtime))
+            record = meter.flush(settings.global_batch_size) if log else {}
             if runtime.rank == 0:
                 runtime.progress(meter.line(), step=step, total_steps=settings.steps)
-            every = settings.evaluation.every_steps
-            if evaluation is not None and (last or (every is not None and step % every == 0)):
+            if evaluate and evaluation is not None:
                 figures |= evaluation.run(objective, step=step, untrained=last)
                 model.train()
-                meter.restart()
-            # After the evaluation: a checkpoint of the last step says that the run is complete.
+                meter.restart_clock()
             if record:
-                folder = None
-                if (last or due) and runtime.rank == 0:
-                    folder = new_folder()
-                    at = CheckpointMeta(
-                        step=step, config_sha256=meta.config_sha256, manifest_sha256=meta.manifest_sha256
-                    )
-                    write_checkpoint(
-                        folder, model=objective, optimizer=optimizer, config_yaml=to_yaml(settings), meta=at
-                    )
-                runtime.report(record, step=step, folder=folder)
                 figures["train/loss"] = record["train/loss"]
+                runtime.report(record, step=step)
+            if save:  # after the evaluation: a checkpoint of the last step says that the run is complete
+                if ledger is not None:
+                    ledger.close_segment(step)
+                with meter.holding():
+                    if runtime.rank == 0:
+                        meta = replace(identity, step=step, metrics=figures if evaluate else {})
+                        snapshot = take_snapshot(
+                            model=objective,
+                            optimizer=optimizer,
+                            window=meter.window(),
+                            config_yaml=to_yaml(settings),
+                            meta=meta,
+                        )
+                        runtime.save(snapshot)
+            if request == "stop" and not last:
+                runtime.flush()
+                raise RunStoppedError(
+                    f"stopped on request after step {step} of {settings.steps}, with a checkpoint; "
+                    "give the same command again to continue"
+                )
+        runtime.flush()
     finally:
         batches.close()  # type: ignore[attr-defined]
     return figures
 
 
+def _is_due(step: int, settings: PretrainConfig, steps_per_epoch: int) -> bool:
+    every = settings.checkpoint_every
+    if every is not None and step % every == 0:
+        return True
+    return settings.checkpoint_epochs is not None and step % (settings.checkpoint_epochs * steps_per_epoch) == 0
+
+
 def _update(
     model: nn.Module,
+    objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: ImageBatch,
     rate: float,
@@ -152,83 +194,119 @@ def _update(
     for group in optimizer.param_groups:
         group["lr"] = rate
     views = make_views(batch.to(device), settings.views, seed=settings.seed)
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        result = model(views)
     optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        if settings.micro_batch_size is None:
+            result = model(views)
+        else:
+            result = backward_in_micro_batches(objective, views, settings.micro_batch_size)
+    if settings.micro_batch_size is None:
+        result.loss.backward()
     optimizer.step()
     return dict(result.metrics)
 
 
-def _resume(runtime: Runtime, objective: nn.Module, optimizer: torch.optim.Optimizer, run: CheckpointMeta) -> int:
-    """Load the newest checkpoint, if there is one; returns the number of updates already done."""
-    folder = runtime.latest_checkpoint()
-    if folder is None:
-        return 0
-    found = read_meta(folder)
+def _resume(
+    runtime: Runtime, objective: nn.Module, optimizer: torch.optim.Optimizer, run: CheckpointMeta
+) -> Restored | None:
+    """Load the newest checkpoint, if there is one."""
+    found = runtime.restore()
+    if found is None:
+        return None
     for what in ("config_sha256", "manifest_sha256"):
-        if getattr(found, what) != getattr(run, what):
+        if getattr(found.meta, what) != getattr(run, what):
             raise CheckpointError(
-                f"{folder}: belongs to another {'configuration' if what.startswith('config') else 'dataset'} "
-                f"({what} {getattr(found, what)[:12]}…, this run has {getattr(run, what)[:12]}…); "
+                f"the checkpoint of step {found.meta.step} belongs to another "
+                f"{'configuration' if what.startswith('config') else 'dataset'} "
+                f"({what} {getattr(found.meta, what)[:12]}…, this run has {getattr(run, what)[:12]}…); "
                 "choose another name or output for this run"
             )
-    state = read_state(folder, device=runtime.device)
-    objective.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"].cpu())
-    return int(state["step"])
+    objective.load_state_dict(found.state["model"])
+    optimizer.load_state_dict(found.state["optimizer"])
+    torch.set_rng_state(found.state["torch_rng"].cpu())
+    return found
 
 
 def _saved(runtime: Runtime) -> str:
-    folder = runtime.latest_checkpoint()
-    return f"the last good checkpoint is {folder.name}" if folder else "no checkpoint was written yet"
+    step = runtime.saved_step()
+    return f"the last good checkpoint is that of step {step}" if step is not None else "no checkpoint was written yet"
 
 
 @dataclass(slots=True)
 class _Meter:
-    """Sums between two records; nothing here waits for the device but `flush`."""
+    """Sums between two records; nothing here waits for the device but `check` and `flush`."""
 
     loader: TrainLoader
     steps: int = 0
+    timed_steps: int = 0
     rate: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
     recent: collections.deque[tuple[str, ...]] = field(default_factory=collections.deque)
     started: float = 0.0
     waited: float = 0.0
+    held: float = 0.0
     shown: dict[str, float] = field(default_factory=dict)
 
     def restart(self) -> None:
         self.steps, self.sums = 0, {}
         self.recent.clear()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what went before out of images/s."""
+        self.timed_steps = 0
         self.started, self.waited = time.perf_counter(), self.loader.wait_seconds
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Count the time inside as time for which a checkpoint held the steps up."""
+        began = time.perf_counter()
+        yield
+        self.held += time.perf_counter() - began
 
     def add(self, batch: ImageBatch, metrics: dict[str, Tensor], rate: float) -> None:
         self.steps += 1
+        self.timed_steps += 1
         self.rate = rate
         self.recent.append(batch.image_ids)
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
-    def flush(self, step: int, global_batch_size: int, saved: str) -> dict[str, float]:
-        """The means since the last record; waits for the device once.
+    def window(self) -> dict[str, Tensor]:
+        """The sums since the last record, for a checkpoint: the record after a restart covers the steps before it too."""
+        return {**self.sums, "steps": torch.tensor(self.steps)}
+
+    def resume(self, window: Mapping[str, Tensor]) -> None:
+        """Begin with a checkpoint's `window`."""
+        self.restart()
+        self.steps = int(window["steps"])
+        self.sums = {name: value.clone() for name, value in window.items() if name != "steps"}
+
+    def check(self, step: int, saved: str) -> None:
+        """Wait for the device and see that the loss is a number.
 
         Raises:
             NonFiniteLossError: on every rank alike, since the summed loss is the global batch's.
         """
-        names = list(self.sums)
-        values = torch.stack([self.sums[name] for name in names]).tolist()  # the one synchronisation
-        record = {name: value / self.steps for name, value in zip(names, values, strict=True)}
-        if not math.isfinite(record["train/loss"]):
+        loss = float(self.sums["train/loss"]) / self.steps
+        if not math.isfinite(loss):
             images = [image for batch in self.recent for image in batch if image]
             shown = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
             raise NonFiniteLossError(
-                f"the loss is {record['train/loss']} within the {self.steps} steps up to step {step} "
+                f"the loss is {loss} within the {self.steps} steps up to step {step} "
                 f"(this worker's images: {shown}); {saved}; lower optimizer.lr or raise objective.temperature"
             )
+
+    def flush(self, global_batch_size: int) -> dict[str, float]:
+        """The means since the last record."""
+        names = list(self.sums)
+        values = torch.stack([self.sums[name] for name in names]).tolist()
+        record = {name: value / self.steps for name, value in zip(names, values, strict=True)}
         seconds = time.perf_counter() - self.started
-        record["train/images_per_s"] = self.steps * global_batch_size / seconds
+        record["train/images_per_s"] = self.timed_steps * global_batch_size / seconds
         record["train/data_wait_share"] = (self.loader.wait_seconds - self.waited) / seconds
+        record["train/checkpoint_share"] = self.held / seconds
+        self.held = 0.0
         record["train/lr"] = self.rate
         record["train/bad_rows"] = float(self.loader.bad_rows)
         self.shown = record

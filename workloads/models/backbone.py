@@ -12,6 +12,10 @@ from workloads.distributed import sum_over_ranks, world_size
 
 Norm = Literal["batch", "sync_batch", "group"]
 
+Stage = Literal["C2", "C3", "C4", "C5"]
+STAGES: tuple[Stage, ...] = ("C2", "C3", "C4", "C5")
+_LAYERS: dict[Stage, str] = {"C2": "layer1", "C3": "layer2", "C4": "layer3", "C5": "layer4"}
+
 STAGE_CHANNELS = {
     "resnet18": (64, 128, 256, 512),
     "resnet34": (64, 128, 256, 512),
@@ -76,25 +80,27 @@ def embedding_norm(norm: Norm, channels: int) -> nn.BatchNorm2d:
 class Trunk(nn.Module):
     """A torchvision ResNet without its classifier.
 
-    Its `body` keeps torchvision's parameter names, so that its state dict loads into a plain `resnet*`.
+    Its `body` keeps torchvision's parameter names, so that its state dict loads into a plain `resnet*`; with another
+    `deepest` than C5 the layers below it are left out.
     """
 
-    def __init__(self, settings: BackboneConfig) -> None:
+    def __init__(self, settings: BackboneConfig, *, deepest: Stage = "C5") -> None:
         super().__init__()
         weights = "IMAGENET1K_V1" if settings.weights == "imagenet" else None
         make = torchvision.models.get_model_builder(settings.name)
         # torchvision calls the norm with a number of channels only, as GroupNorm needs it to be wrapped.
         self.body = make(weights=weights, norm_layer=norm_layer(settings.norm))
         self.body.fc = nn.Identity()
-        self.channels = STAGE_CHANNELS[settings.name]
+        self.stages = STAGES[: STAGES.index(deepest) + 1]
+        for left_out in STAGES[len(self.stages) :]:
+            setattr(self.body, _LAYERS[left_out], nn.Identity())
+        self.channels = STAGE_CHANNELS[settings.name][: len(self.stages)]
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, h, w), normalised, to {"C2": (B, C, h/4, w/4), …, "C5": (B, C, h/32, w/32)}."""
+    def forward(self, images: Tensor) -> dict[Stage, Tensor]:
+        """(B, 3, h, w), normalised, to {"C2": (B, C, h/4, w/4), …, "C5": (B, C, h/32, w/32)}, as far as `deepest`."""
         body = self.body
         x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
-        stages = {}
-        for name, layer in zip(
-            ("C2", "C3", "C4", "C5"), (body.layer1, body.layer2, body.layer3, body.layer4), strict=True
-        ):
-            x = stages[name] = layer(x)
-        return stages
+        found: dict[Stage, Tensor] = {}
+        for stage in self.stages:
+            x = found[stage] = getattr(body, _LAYERS[stage])(x)
+        return found

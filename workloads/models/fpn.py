@@ -1,5 +1,8 @@
 """Feature pyramid over a trunk's stages (arXiv 1612.03144), with only the levels that are asked for."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +18,7 @@ class Pyramid(nn.Module):
     A level that is not asked for has no parameters, so that DDP finds a gradient for every parameter.
     """
 
-    def __init__(self, channels: tuple[int, int, int, int], out_channels: int, levels: tuple[str, ...]) -> None:
+    def __init__(self, channels: Sequence[int], out_channels: int, levels: tuple[str, ...]) -> None:
         super().__init__()
         self.levels = tuple(level for level in LEVELS if level in levels)
         by_stage = dict(zip(("P3", "P4", "P5"), channels[1:], strict=True))
@@ -34,7 +37,7 @@ class Pyramid(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
-    def forward(self, stages: dict[str, Tensor]) -> FeaturePyramid:
+    def forward(self, stages: Mapping[Any, Tensor]) -> FeaturePyramid:
         """{"C3": …, "C5": …} to {level: (B, out_channels, H/stride, W/stride)}."""
         merged: dict[str, Tensor] = {}
         above: Tensor | None = None

@@ -5,6 +5,7 @@ positive cells in the global batch (inter-image) and from cells of its own image
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -16,13 +17,12 @@ from workloads.config import ConfigError, config
 from workloads.data.random import stream, uniform
 from workloads.data.regions import cell_centers, cell_of, centers_inside, one_hot_cell
 from workloads.distributed import averaged, gather_rows, global_mean, row_counts
-from workloads.models.backbone import BackboneConfig, Trunk, embedding_norm
+from workloads.models.backbone import STAGES, BackboneConfig, Stage, Trunk, embedding_norm
 from workloads.models.fpn import STRIDES, Pyramid
 from workloads.models.heads import Projector
 from workloads.types import CropGeometry, FeaturePyramid, StepResult, Views
 
 Level = Literal["P3", "P4", "P5", "P6", "P7"]
-Stage = Literal["C2", "C3", "C4", "C5"]
 
 
 @config
@@ -44,7 +44,8 @@ class AnchorNTXentConfig:
     projector_hidden: Annotated[int, Field(ge=8)] = 512
     """Hidden width of the crop's projector."""
     crop_stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = ("C5",)
-    """Stages of the trunk that the crop's projector reads, each averaged over the crop; [C5] is the paper's."""
+    """Stages of the trunk that the crop's projector reads, each averaged over the crop; [C5] is the paper's. A crop trunk of
+    its own ends with the deepest of them."""
     center_embeddings: bool = True
     """Whether embeddings are batch-normalised, without scale or shift, before the similarity; not with backbone.norm=group."""
     shared_trunk: bool = False
@@ -168,8 +169,9 @@ class AnchorNTXent(nn.Module):
         self.seed = seed
         self.trunk = Trunk(backbone)
         self.pyramid = Pyramid(self.trunk.channels, settings.projection_dim, settings.levels)
-        self.crop_trunk = None if settings.shared_trunk else Trunk(backbone)
-        widths = dict(zip(("C2", "C3", "C4", "C5"), self.trunk.channels, strict=True))
+        deepest = max(settings.crop_stages)
+        self.crop_trunk = None if settings.shared_trunk else Trunk(backbone, deepest=deepest)
+        widths = dict(zip(STAGES, self.trunk.channels, strict=True))
         self.projector = Projector(
             sum(widths[stage] for stage in settings.crop_stages), settings.projector_hidden, settings.projection_dim
         )
@@ -207,11 +209,19 @@ class AnchorNTXent(nn.Module):
 
     def forward(self, views: Views) -> StepResult:
         """The loss of this rank's views over the global batch, averaged over crops and levels."""
+        return self.loss(self.embed(views), views)
+
+    def embed(self, views: Views) -> dict[str, Tensor]:
+        """The pyramid's levels, each (B, D, h, w), and `crops`, (B, K, D)."""
         b, k = views.crops.shape[:2]
         pyramid = self.embed_grid(views.full)
-        crops = self._embed_crops(views.crops.flatten(0, 1))
+        return {**pyramid, "crops": self._embed_crops(views.crops.flatten(0, 1)).reshape(b, k, -1)}
+
+    def loss(self, embeddings: Mapping[str, Tensor], views: Views) -> StepResult:
+        """The loss of what `embed` returned, over the global batch."""
+        pyramid = {name: level for name, level in embeddings.items() if name != "crops"}
         with torch.autocast(views.full.device.type, enabled=False):
-            return self._loss(pyramid, crops.float().reshape(b, k, -1), views)
+            return self._loss(pyramid, embeddings["crops"].float(), views)
 
     def _loss(self, pyramid: FeaturePyramid, crops: Tensor, views: Views) -> StepResult:
         b, k, _ = crops.shape

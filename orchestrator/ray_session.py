@@ -1,0 +1,95 @@
+"""Ray for one command: the cluster that it is told of, or one inside its own process; and what the workers get of its environment."""
+
+import logging
+import os
+from typing import Any
+
+from orchestrator.spec import TrainExperiment
+from workloads.config import ConfigError
+
+
+def on_cluster() -> bool:
+    """Whether this process joins a cluster (a submitted job has RAY_ADDRESS set) rather than starting a Ray of its own."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool) -> None:
+    """Join the cluster of RAY_ADDRESS, else start one inside this process; does nothing if this process has joined one.
+
+    Args:
+        uri: of the tracking store.
+
+    Raises:
+        ConfigError: the cluster is too small for what `scaling` asks.
+    """
+    scaling = experiment.scaling
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(scaling.poll_interval_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(scaling.start_timeout_s),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(scaling.hang_timeout_s),
+        "RAY_worker_niceness": str(scaling.niceness),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+    import ray
+
+    if ray.is_initialized():
+        os.environ.update(settings)
+        return check_resources(experiment)
+    if not on_cluster():
+        settings |= {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            "RAY_TRAIN_METRICS_ENABLED": "0",
+            "RAY_enable_metrics_collection": "0",
+            **worker_environment(experiment, uri),
+        }
+    os.environ.update(settings)
+    common: dict[str, Any] = {
+        "log_to_driver": debug,
+        "logging_level": logging.INFO if debug else logging.ERROR,
+        "configure_logging": True,
+    }
+    if on_cluster():
+        ray.init(address=os.environ["RAY_ADDRESS"], **common)
+        return check_resources(experiment)
+    # Logical CPUs: a machine with fewer still runs, slower. Nothing else of Ray is needed inside one process.
+    wanted = scaling.most_workers * scaling.cpus_per_worker
+    ray.init(address="local", num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, **common)
+    return check_resources(experiment)
+
+
+def check_resources(experiment: TrainExperiment) -> None:
+    """See that the cluster holds the fewest workers that the run may have.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    import ray
+
+    scaling, have = experiment.scaling, ray.cluster_resources()
+    needs = {"CPU": scaling.fewest_workers * scaling.cpus_per_worker}
+    if scaling.use_gpu:
+        needs["GPU"] = scaling.fewest_workers
+    for name, wanted in needs.items():
+        if have.get(name, 0) < wanted:
+            raise ConfigError(
+                f"scaling.num_workers: {scaling.fewest_workers} workers need {wanted} {name}s together, "
+                f"the cluster has {have.get(name, 0):g}; ask for fewer workers or add nodes"
+            )
+
+
+def worker_environment(experiment: TrainExperiment, uri: str) -> dict[str, str]:
+    """Variables that workers get on purpose; on a cluster they share neither the driver's folder nor its environment."""
+    passed = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return {
+        "OMP_NUM_THREADS": str(experiment.scaling.threads),
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        **(passed if _uses_s3(experiment) else {}),
+    }
+
+
+def _uses_s3(experiment: TrainExperiment) -> bool:
+    uris = (experiment.storage.path, experiment.data.uri, experiment.evaluation.uri or "")
+    return any(uri.startswith("s3://") for uri in uris)

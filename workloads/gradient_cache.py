@@ -1,0 +1,97 @@
+"""Gradient caching (arXiv 2101.06983): the global batch's exact loss and gradients when a rank's share does not fit in memory.
+
+Embeddings of all images first, in micro-batches and without a graph; then the loss of all of them and its gradient with
+respect to the embeddings; then each micro-batch once more with its graph, from the embeddings' gradients on.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from workloads.types import StepResult, Views
+
+Embeddings = Mapping[str, Tensor]
+"""Whatever an objective's loss needs of its networks: named tensors whose first axis is the images."""
+
+
+class CachableObjective(Protocol):
+    """An objective in two parts: `loss(embed(views), views)` is its forward."""
+
+    def embed(self, views: Views) -> Embeddings:
+        """Run the networks; rows do not depend on each other."""
+        ...
+
+    def loss(self, embeddings: Embeddings, views: Views) -> StepResult:
+        """The loss of this rank's rows over the global batch."""
+        ...
+
+
+def backward_in_micro_batches(objective: nn.Module, views: Views, micro_batch_size: int) -> StepResult:
+    """Add the gradient of the global-batch loss to `objective`'s parameters, averaged over ranks; returns the detached step.
+
+    The second pass draws the same random numbers as the first, and updates no running statistics.
+
+    Args:
+        objective: a `CachableObjective`, not wrapped in DDP: gradients are averaged here, once.
+        micro_batch_size: images of this rank that have a graph at a time.
+    """
+    parts = [slice(i, i + micro_batch_size) for i in range(0, views.valid.shape[0], micro_batch_size)]
+    device = views.full.device
+    states, pieces = [], []
+    with torch.no_grad():
+        for part in parts:
+            states.append(_rng_state(device))
+            pieces.append(objective.embed(views.rows(part)))  # type: ignore[operator]
+    after = _rng_state(device)
+    leaves = {name: torch.cat([piece[name] for piece in pieces]).detach().requires_grad_() for name in pieces[0]}
+    del pieces
+    result: StepResult = objective.loss(leaves, views)  # type: ignore[operator]
+    result.loss.backward()
+    with _statistics_kept(objective):
+        for part, state in zip(parts, states, strict=True):
+            _set_rng_state(state, device)
+            again = objective.embed(views.rows(part))  # type: ignore[operator]
+            names = [name for name in again if leaves[name].grad is not None]
+            torch.autograd.backward([again[n] for n in names], [leaves[n].grad[part] for n in names])  # type: ignore[index]
+    _set_rng_state(after, device)
+    _average_gradients(objective)
+    return StepResult(loss=result.loss.detach(), metrics=result.metrics)
+
+
+def _average_gradients(module: nn.Module) -> None:
+    """What DDP would have done, in one message."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
+
+
+def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_rng_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
