@@ -1,8 +1,9 @@
-# Targets: setup (the environment), demo (setup, then a few minutes' pretraining), test (everything that CI asks).
+# Targets: setup (the environment), demo (setup, then a few minutes' pretraining), test (what to run before every commit),
+# chaos (kills, cuts off and fills up what a run needs; CHAOS='chaos and short' is CI's form).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test
+.PHONY: setup demo test chaos
 setup: .venv/.installed
 
 # The stamp makes reruns instant; it is older than what it depends on when a pin or a dependency changed.
@@ -20,3 +21,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+CHAOS ?= chaos
+chaos: setup
+	$(BIN)/python -m pytest tests/chaos -m "$(CHAOS)"

@@ -9,6 +9,13 @@ Kind = Literal["request", "deterministic", "stopped", "store", "node", "worker",
 """What failed: the request itself; the same way twice; nothing, it was told to stop; the object store; a node with its
 workers; a worker; not enough resources in time; Ray's own control processes; anything else."""
 
+# Ray tells a death in many lines about its own insides.
+_DEATHS: dict[Kind, str] = {
+    "worker": "a worker process died (killed, out of memory, or crashed)",
+    "node": "a node died, and a worker with it",
+    "controller": "the process that controls the workers died",
+}
+
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
 
 
@@ -69,12 +76,16 @@ def decide(failure: Failure, earlier: list[Failure], *, retries: int, patience_s
 
 def classify(error: BaseException, *, saved_step: int, at_s: float) -> Failure:
     """Name what went wrong in an attempt, out of Ray's wrappers."""
+    from ray.exceptions import RayError
+
     cause = worker_cause(error)
+    kind = _kind(cause, error)
+    reason = _DEATHS[kind] if kind in _DEATHS and isinstance(cause, RayError) else sentence(cause)
     step = getattr(cause, "at_step", None)
     return Failure(
-        kind=_kind(cause, error),
-        reason=sentence(cause),
-        signature=f"{type(cause).__name__}: {sentence(cause)}",
+        kind=kind,
+        reason=reason,
+        signature=f"{type(cause).__name__}: {reason}",
         step=step if isinstance(step, int) else None,
         saved_step=saved_step,
         at_s=at_s,
@@ -106,12 +117,12 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
         case ActorDiedError() | ActorUnavailableError() | WorkerCrashedError():
             if isinstance(error, RayError):  # nobody wrapped it: it is the controller that died
                 return "controller"
-            return "node" if "node" in text.lower() and "dead" in text.lower() else "worker"
+            return "node" if "node has died" in text or "node was" in text else "worker"
     if ("timed out" in text.lower() and "placement group" in text.lower()) or "StartupTimeout" in type(cause).__name__:
         return "resources"
     if is_outage(cause):
         return "store"
-    if type(cause).__name__ in ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError"):
+    if type(cause).__name__ == "WorkerHealthCheckTimeoutError":  # it hangs
         return "worker"
     return "controller" if isinstance(error, (ControllerError, RayError)) else "unknown"
 
@@ -122,10 +133,16 @@ def worker_cause(error: BaseException) -> BaseException:
     Of several workers' exceptions the one that says most counts: one rank's fault makes the others lose their connection.
     """
     failures = getattr(error, "worker_failures", None) or {}
-    causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
+    causes = [_unwrapped(failure) for _, failure in sorted(failures.items())]
     own = [cause for cause in causes if type(cause).__module__.startswith("workloads")]
     died = [cause for cause in causes if type(cause).__module__.startswith("ray.")]
     return (own or died or causes or [getattr(error, "controller_failure", None) or error])[0]
+
+
+def _unwrapped(failure: BaseException) -> BaseException:
+    for name in ("_base_exc", "health_check_failure"):
+        failure = getattr(failure, name, None) or failure
+    return failure
 
 
 def sentence(error: BaseException) -> str:

@@ -32,6 +32,7 @@ class RayRuntime:
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device: torch.device = get_device()
+        self.step: int | None = None  # updates done, as far as this rank was told
         self.first_step_time: float | None = None
         self._entered = time.time()
         self._extra: dict[str, float] = {}
@@ -105,6 +106,7 @@ class RayRuntime:
 
     def progress(self, line: Mapping[str, float], *, step: int, total_steps: int) -> None:
         """Show the newest line; also notes when the first step was done."""
+        self.step = step
         if self.first_step_time is None:
             self.first_step_time = time.time()
             before = self._extra.get("startup/evaluation_s", 0.0)  # the loop may evaluate before its first step
@@ -121,7 +123,7 @@ class RayRuntime:
     def close(self, *, timeout_s: float | None = None) -> None:
         """Send what is still queued, for at most `timeout_s`."""
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close(timeout_s=timeout_s)
         self._queue.put(None)
         self._reporter.join(timeout_s)
         if self._progress is not None:
@@ -190,7 +192,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     runtime.add_startup(began=job["began"], timings=timings)
     try:
         result = pretrain(build(PretrainConfig, job["config"]), runtime)
-    except BaseException:
+    except BaseException as error:
+        error.at_step = runtime.step  # type: ignore[attr-defined]  # tells a fault that recurs from one in passing
         runtime.close(timeout_s=5.0)  # what was measured before the failure is worth having
         raise
     runtime.close()

@@ -6,13 +6,14 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.failures import Failure, classify, decide, sentence, worker_cause
+from orchestrator.failures import sentence, worker_cause
 from orchestrator.journal import Journal, JournalArchive, JournalDrain
 from orchestrator.ray_session import on_cluster, start_ray, worker_environment
 from orchestrator.runs import Run, claim_run, finished_run, hold_run, mark_finished
@@ -29,6 +30,9 @@ from orchestrator.track import (
 )
 from workloads.checkpoint import CheckpointStore
 from workloads.config import ConfigError, to_dict
+
+if TYPE_CHECKING:
+    from orchestrator.recovery import Attempts
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +92,24 @@ class _Session:
             return max(self.checkpoints.steps(), default=0)
         return 0
 
-    def record_failure(self, failure: Failure, failures: Sequence[Failure]) -> None:
-        """Count the fault in the run's record, by kind."""
-        count = sum(other.kind == failure.kind for other in failures)
-        stamp = {"step": failure.step or failure.saved_step, "time_ms": int(time.time() * 1000)}
-        journal = Journal(self.journal)
-        journal.append({"kind": "metrics", **stamp, "metrics": {f"fault/{failure.kind}": count}})
-        reasons = "; ".join(f"{f.kind} at step {f.step or f.saved_step}: {f.reason}" for f in failures)
-        journal.append({"kind": "tags", "tags": {"run.faults": without_secrets(reasons)[-4000:]}})
+    def attempts(self, command: str) -> "Attempts":
+        """What `command` tries, for the driver and for Ray Train's controller."""
+        from orchestrator.recovery import Attempts
+
+        failure = self.experiment.failure
+        return Attempts(
+            command=command,
+            journal=str(self.journal),
+            storage=self.storage,
+            retries=failure.retries,
+            patience_s=failure.patience_s,
+            is_elastic=self.experiment.scaling.is_elastic,
+        )
+
+    @property
+    def storage(self) -> str:
+        """URI of the run's folder."""
+        return f"{self.experiment.storage.path.rstrip('/')}/{self.run.name}"
 
 
 def train(experiment: TrainExperiment, *, console: Any, watch: Stopwatch, debug: bool = False) -> TrainOutcome:
@@ -222,43 +236,33 @@ def _fit_with_retries(session: _Session) -> None:
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
-    settings, scaling = session.experiment.failure, session.experiment.scaling
-    earlier: list[Failure] = []
+    attempts = session.attempts(uuid.uuid4().hex)
     while True:
         try:
-            return _fit(session)
+            return _fit(session, attempts)
         except (TrainingFailedError, RayError) as error:
             if session.debug:
-                logger.exception("attempt %d failed", len(earlier) + 1)
-            failure = classify(error, saved_step=session.saved_step(), at_s=time.monotonic())
-            decision = decide(
-                failure,
-                earlier,
-                retries=settings.retries,
-                patience_s=settings.patience_s,
-                elastic=scaling.is_elastic,
-            )
-            earlier.append(failure)
-            session.record_failure(failure, earlier)
+                logger.exception("an attempt failed")
+            failure, decision = attempts.judge(error)
+            attempts.record(failure)
             if decision.action == "stop":
-                if failure.kind == "request" and isinstance(worker_cause(error), ConfigError):
+                if isinstance(worker_cause(error), ConfigError):
                     raise worker_cause(error) from error
                 raise TrainingError(f"run {session.run.name}: {decision.reason}") from error
-            how = "with as many workers as there is room for" if decision.action == "shrink" else "again"
+            when = f" in {decision.wait_s:.0f} s" if decision.wait_s >= 1 else ""
             session.console.print(
-                f"attempt {len(earlier)} failed ({failure.kind}: {decision.reason}); continuing {how} from the checkpoint "
-                f"of step {failure.saved_step}" + (f" in {decision.wait_s:.0f} s" if decision.wait_s >= 1 else ""),
+                f"{failure.kind} fault: {decision.reason}; continuing from the checkpoint of step {failure.saved_step}{when}",
                 highlight=False,
                 soft_wrap=True,
             )
             time.sleep(decision.wait_s)
 
 
-def _fit(session: _Session) -> None:
+def _fit(session: _Session, attempts: "Attempts") -> None:
     with session.watch.phase("ray_train_imports"):
         from orchestrator.progress import ProgressWatcher, forget_stop
 
-        trainer = _trainer(session)
+        trainer = _trainer(session, attempts)
     forget_stop(session.run.claim)
     with ProgressWatcher(session.run.claim, console=session.console), _sigterm_stops(session.run.claim):
         try:
@@ -286,12 +290,13 @@ def _sigterm_stops(claim: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _trainer(session: _Session) -> Any:
+def _trainer(session: _Session, attempts: "Attempts") -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from orchestrator.journal_callback import JournalCallback
     from orchestrator.ray_runtime import train_worker
+    from orchestrator.recovery import ControllerPolicy, EmbeddedScaling
 
     api: Any = ray.train  # its annotations describe Train V1
     worker: Any = train_worker
@@ -305,6 +310,14 @@ def _trainer(session: _Session) -> Any:
             unused = {"DatasetsCallback"} | (set() if on_cluster() else {"PlacementGroupCleanerCallback"})
             callbacks: list[Any] = parent._create_default_callbacks()
             return [callback for callback in callbacks if type(callback).__name__ not in unused]
+
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            parts["failure_policy"] = ControllerPolicy(self.run_config.failure_config, attempts)
+            if not (on_cluster() or session.experiment.scaling.is_elastic):
+                scaling_config: Any = self.scaling_config
+                parts["scaling_policy"] = EmbeddedScaling(scaling_config)
+            parent: Any = super()
+            return parent._initialize_and_run_controller(**parts)
 
     experiment, run, scaling = session.experiment, session.run, session.experiment.scaling
     return Trainer(
@@ -322,8 +335,6 @@ def _trainer(session: _Session) -> Any:
             name=run.name,
             storage_path=run.storage_path,
             storage_filesystem=run.filesystem,
-            # One place decides about retries, and it can tell a fault in the request from a lost machine: `failures`.
-            failure_config=api.FailureConfig(max_failures=0, controller_failure_limit=0),
             callbacks=[JournalCallback(str(session.journal))],
             # On an embedded Ray the workers inherit the variables instead, and take over processes that are already up.
             worker_runtime_env={"env_vars": worker_environment(experiment, session.uri)} if on_cluster() else {},
@@ -338,7 +349,7 @@ def _job(session: _Session) -> dict[str, Any]:
         "niceness": session.experiment.scaling.niceness,
         "threads": session.experiment.scaling.threads,
         "progress_key": session.run.claim,
-        "storage": f"{session.experiment.storage.path.rstrip('/')}/{session.run.name}",
+        "storage": session.storage,
         "keep_checkpoints": session.experiment.storage.keep_checkpoints,
         "best_metric": session.experiment.storage.best_metric,
         "patience_s": session.experiment.failure.patience_s,

@@ -355,12 +355,12 @@ class CheckpointWriter:
             self._changed.wait_for(lambda: self._failure or not (self._busy or self._waiting))
             self._raise()
 
-    def close(self) -> None:
-        """Write what waits, then stop; errors were or will be told by `flush`."""
+    def close(self, *, timeout_s: float | None = None) -> None:
+        """Write what waits, for at most `timeout_s`, then stop; errors were or will be told by `flush`."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(timeout_s)
 
     def _raise(self) -> None:
         if self._failure is not None:

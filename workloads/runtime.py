@@ -78,7 +78,7 @@ class Runtime(Protocol):
         ...
 
     def progress(self, line: Mapping[str, float], *, step: int, total_steps: int) -> None:
-        """Show how far the work is; called every step by rank 0, never blocks, never synchronises the device."""
+        """Show how far the work is; called every step, never blocks, never synchronises the device."""
         ...
 
 

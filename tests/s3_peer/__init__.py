@@ -174,6 +174,7 @@ class FaultyProxy:
         self.refuse = 0  # so many of the next requests are answered 503
         self.cut = 0  # so many of the next large bodies are cut in the middle
         self.delay_s = 0.0  # before each answer
+        self.down = False  # connections are closed at once
         self.faults = 0
         self._closed = False
         threading.Thread(target=self._accept, daemon=True).start()
@@ -191,10 +192,17 @@ class FaultyProxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
+        if self.down:
+            self.faults += 1
+            client.close()
+            return
         with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", self._target)) as server:
             back = threading.Thread(target=self._answer, args=(server, client), daemon=True)
             back.start()
             while data := client.recv(65536):
+                if self.down:
+                    self.faults += 1
+                    return
                 if self.refuse > 0 and data.split(b" ", 1)[0] in (b"GET", b"HEAD", b"PUT", b"POST"):
                     self.refuse -= 1
                     self.faults += 1

@@ -140,8 +140,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
             if log or save:
                 meter.check(step, _saved(runtime))
             record = meter.flush(settings.global_batch_size) if log else {}
-            if runtime.rank == 0:
-                runtime.progress(meter.line(), step=step, total_steps=settings.steps)
+            runtime.progress(meter.line(), step=step, total_steps=settings.steps)
             if evaluate and evaluation is not None:
                 figures |= evaluation.run(objective, step=step, untrained=last)
                 model.train()

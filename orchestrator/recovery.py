@@ -1,0 +1,92 @@
+"""How a run goes on after a fault: `failures` decides, this acts, in Ray Train's controller where that is quicker.
+
+The controller continues a run whose worker died without a new controller, which saves its start. It knows only errors,
+so it takes its word from the same decisions as the driver, over the same history: the faults in the run's journal.
+"""
+
+import contextlib
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+from orchestrator.failures import Decision, Failure, classify, decide
+from orchestrator.journal import Journal, JournalReader
+from orchestrator.track import without_secrets
+from workloads.checkpoint import CheckpointStore
+from workloads.data.filesystems import resolve_uri
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempts:
+    """The attempts at one run by one command."""
+
+    command: str  # tells this command's faults from those of earlier ones
+    journal: str
+    storage: str  # URI of the run's folder
+    retries: int
+    patience_s: float
+    is_elastic: bool
+
+    def judge(self, error: BaseException) -> tuple[Failure, Decision]:
+        """Name a failure and decide about it."""
+        failure = classify(error, saved_step=self._saved_step(), at_s=time.monotonic())
+        decision = decide(
+            failure, self.earlier(), retries=self.retries, patience_s=self.patience_s, elastic=self.is_elastic
+        )
+        return failure, decision
+
+    def earlier(self) -> list[Failure]:
+        """This command's failures so far."""
+        faults = [r for r in JournalReader(self.journal).read() if r["kind"] == "fault"]
+        return [Failure(**fault["failure"]) for fault in faults if fault["command"] == self.command]
+
+    def record(self, failure: Failure) -> None:
+        """Add a failure to the history, and to what people see: `fault/<kind>` counts, `run.faults` tells."""
+        journal = Journal(self.journal)
+        journal.append({"kind": "fault", "command": self.command, "failure": dataclasses.asdict(failure)})
+        failures = self.earlier()
+        count = sum(other.kind == failure.kind for other in failures)
+        stamp = {"step": _place(failure), "time_ms": int(time.time() * 1000)}
+        journal.append({"kind": "metrics", **stamp, "metrics": {f"fault/{failure.kind}": count}})
+        told = "; ".join(f"{f.kind} at step {_place(f)}: {f.reason}" for f in failures)
+        journal.append({"kind": "tags", "tags": {"run.faults": without_secrets(told)[-4000:]}})
+
+    def _saved_step(self) -> int:
+        with contextlib.suppress(OSError):
+            filesystem, folder = resolve_uri(self.storage)
+            return max(CheckpointStore(filesystem, f"{folder}/checkpoints").steps(), default=0)
+        return max((failure.saved_step for failure in self.earlier()), default=0)
+
+
+def _place(failure: Failure) -> int:
+    return failure.saved_step if failure.step is None else failure.step
+
+
+class ControllerPolicy(FailurePolicy):
+    """Inside the controller: continue at once what may be continued at once; leave waiting and stopping to the driver."""
+
+    def __init__(self, failure_config: Any, attempts: Attempts) -> None:
+        super().__init__(failure_config)
+        self._attempts = attempts
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Retry, or raise to the driver, which judges again and records."""
+        failure, decision = self._attempts.judge(training_failed_error)
+        if decision.action == "stop" or decision.wait_s > 0:
+            return FailureDecision.RAISE
+        self._attempts.record(failure)
+        return FailureDecision.RETRY
+
+
+class EmbeddedScaling(FixedScalingPolicy):
+    """A fixed number of workers on a Ray that cannot grow: asks no autoscaler, whose coordinator would be one more process."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nobody is asked for resources."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
