@@ -62,7 +62,7 @@ def load_experiment(name: str, arguments: Sequence[str] = ()) -> "TrainExperimen
 
 
 def absolute_paths(experiment: "TrainExperiment") -> "TrainExperiment":
-    """The experiment with every `uri`, `path` and `init_from` that names a local file made absolute."""
+    """The experiment with every key that names a local file made absolute."""
     return _absolute(experiment)
 
 
@@ -72,7 +72,7 @@ def _absolute(block: Any) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(block):
         value = getattr(block, field.name)
-        if field.name in ("uri", "path", "init_from", "cache_dir") and isinstance(value, str):
+        if field.name in ("uri", "path", "init_from", "cache_dir", "ledger") and isinstance(value, str):
             changes[field.name] = absolute_uri(value)
         elif dataclasses.is_dataclass(value):
             changes[field.name] = _absolute(value)

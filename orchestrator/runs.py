@@ -66,8 +66,8 @@ def hold_run(experiment: TrainExperiment) -> Iterator[None]:
         yield
 
 
-def claim_run(experiment: TrainExperiment) -> Run:
-    """Take the run's name in the storage, or take it up again if the same configuration holds it.
+def claim_run(experiment: TrainExperiment, *, manifest_sha256: str) -> Run:
+    """Take the run's name in the storage, or take it up again if the same configuration and data hold it.
 
     Raises:
         ConfigError: the name belongs to another configuration (the message names the keys), or nothing can be written.
@@ -76,13 +76,24 @@ def claim_run(experiment: TrainExperiment) -> Run:
     name, digest = run_name(experiment), config_hash(experiment.science)
     stored = _read(filesystem, f"{path}/{name}/{_RECORD}")
     if stored is None:
-        stored = {"claim": uuid.uuid4().hex, "config_sha256": digest, "config": flatten(experiment.science)}
+        stored = {
+            "claim": uuid.uuid4().hex,
+            "config_sha256": digest,
+            "manifest_sha256": manifest_sha256,
+            "config": flatten(experiment.science),
+        }
         _write(filesystem, f"{path}/{name}", stored, uri=experiment.storage.path)
     elif stored["config_sha256"] != digest:
         changed = ", ".join(_differing_keys(stored["config"], flatten(experiment.science)))
         raise ConfigError(
             f"tracking.run_name: run {name!r} already exists with another configuration (differs in {changed}); "
-            "choose another name, or give those keys their old values to continue it"
+            "give those keys their old values to continue it, or begin a run of another name (with init_from=CHECKPOINT, "
+            "from its weights)"
+        )
+    elif stored["manifest_sha256"] != manifest_sha256:
+        raise ConfigError(
+            f"data.uri: run {name!r} was begun on another dataset (manifest {stored['manifest_sha256'][:12]}…, now "
+            f"{manifest_sha256[:12]}…); give it the old data, or begin a run of another name with init_from=CHECKPOINT"
         )
     return Run(name=name, claim=stored["claim"], config_sha256=digest, filesystem=filesystem, storage_path=path)
 

@@ -122,7 +122,10 @@ def train(experiment: TrainExperiment, *, console: Any, watch: Stopwatch, debug:
     with watch.phase("preflight"):
         manifests = check_request(experiment)
         uri = tracking_uri(experiment)
-    with hold_run(experiment), _journal_of(experiment, run := claim_run(experiment)) as journal:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold_run(experiment))
+        run = claim_run(experiment, manifest_sha256=manifests["training"][1])
+        journal = stack.enter_context(_journal_of(experiment, run))
         quiet_mlflow()
         sink = MlflowSink(
             run_header(experiment, run, manifests=manifests),

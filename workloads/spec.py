@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from workloads.checkpoint import CONFIG, read_checkpoint
+from workloads.checkpoint import CONFIG, CheckpointError, read_checkpoint
 from workloads.config import ConfigError, apply_overrides, build, config, read_yaml
+from workloads.data.filesystems import DataError, resolve_uri
 from workloads.data.reader import DataConfig
 from workloads.data.views import ViewsConfig
 from workloads.metrics.grid_accuracy import GridAccuracyConfig
@@ -58,6 +59,8 @@ class PretrainConfig:
     """Steps between checkpoints; there is one at every evaluation, at the end, and when the run is told to stop, too."""
     checkpoint_epochs: Annotated[int, Field(ge=1)] | None = 1
     """Epochs between checkpoints; null: none at the end of an epoch."""
+    init_from: str | None = None
+    """Folder or s3:// address of a checkpoint whose networks this run starts from; nothing else of it is continued."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Images of a worker that have a graph in memory at a time (gradient caching: the same loss and gradients, a forward
     pass more); null: the worker's whole share. Needs backbone.norm=group."""
@@ -100,6 +103,25 @@ def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> Anc
                 crop_size=settings.views.crop_size,
                 seed=settings.seed if seed is None else seed,
             )
+
+
+def load_initial_weights(objective: torch.nn.Module, uri: str, *, device: torch.device) -> None:
+    """Start `objective` from the networks of the checkpoint at `uri`.
+
+    Raises:
+        ConfigError: no checkpoint there, a damaged one, or one of other networks.
+    """
+    try:
+        filesystem, folder = resolve_uri(uri)
+        state = read_checkpoint(folder, filesystem, device=device).state["model"]
+        objective.load_state_dict(state)
+    except (CheckpointError, DataError, OSError) as error:
+        raise ConfigError(f"init_from: {error}") from None
+    except RuntimeError as error:  # torch lists the names on lines of their own
+        differences = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ConfigError(
+            f"init_from: {uri} holds other networks than this configuration ({differences[:300]})"
+        ) from None
 
 
 def load_pretrain(path: str | Path, overrides: dict[str, Any]) -> PretrainConfig:

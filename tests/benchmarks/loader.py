@@ -94,6 +94,11 @@ def measure_set(folder: Path, names: list[str], options: argparse.Namespace, pyt
     if "ours" in medians and peers:
         result["best_peer"] = max(peers, key=peers.__getitem__)
         result["ratio_to_best_peer"] = round(medians["ours"] / max(peers.values()), 3)
+    if "ours_dct" in medians and "limit_dct" in medians:
+        result["dct_scaling"] = {
+            "ratio_to_limit": round(medians["ours_dct"] / medians["limit_dct"], 3),
+            "mean_absolute_error_of_255": worker(python, "dct_error", str(folder))["error"],
+        }
     result["first_batch_s"] = {
         where: min(worker(python, "first_batch", str(folder), step)["seconds"] for _ in range(options.repetitions))
         for where, step in (("at the start", "0"), ("deep inside", "1000003"))
@@ -317,7 +322,21 @@ def formats(folder: str) -> dict[str, str]:
     return {}
 
 
-WORKERS = {"rate": rate, "first_batch": first_batch, "memory": memory, "plan": plan, "formats": formats}
+def pixel_error(folder: str) -> dict[str, float]:
+    """What DCT-scaled decoding changes."""
+    from tests.benchmarks.loader_peers import dct_error
+
+    return {"error": round(dct_error(Path(folder)), 3)}
+
+
+WORKERS = {
+    "dct_error": pixel_error,
+    "rate": rate,
+    "first_batch": first_batch,
+    "memory": memory,
+    "plan": plan,
+    "formats": formats,
+}
 
 if __name__ == "__main__":
     main()

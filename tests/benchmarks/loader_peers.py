@@ -41,7 +41,12 @@ def shuffled(items: Iterator[Any], *, seed: int, buffer: int = 256) -> Iterator[
     yield from held
 
 
-def limit(folder: Path) -> Batches:
+def limit_dct(folder: Path) -> Batches:
+    """The limit with JPEG's DCT-scaled decoding."""
+    return limit(folder, dct_scaling=True)
+
+
+def limit(folder: Path, dct_scaling: bool = False) -> Batches:
     """The loader's own decode function, from memory, on as many threads."""
     from workloads.data.decode import decode_batch
     from workloads.data.manifest import open_dataset
@@ -56,7 +61,7 @@ def limit(folder: Path) -> Batches:
     with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(2) as batches:
         # Two batches at once, as the loader does: no thread waits for the last image of a batch.
         def make(data: list[bytes]) -> torch.Tensor:
-            return decode_batch(data, decode_size=SIDE, pool=pool)[0]
+            return decode_batch(data, decode_size=SIDE, pool=pool, dct_scaling=dct_scaling)[0]
 
         ahead = [batches.submit(make, list(itertools.islice(endless, BATCH))) for _ in range(3)]
         while True:
@@ -64,7 +69,12 @@ def limit(folder: Path) -> Batches:
             yield ahead.pop(0).result()
 
 
-def ours(folder: Path, uri: str | None = None, start_step: int = 0) -> Batches:
+def ours_dct(folder: Path) -> Batches:
+    """This project's loader with DCT-scaled decoding."""
+    return ours(folder, dct_scaling=True)
+
+
+def ours(folder: Path, uri: str | None = None, start_step: int = 0, dct_scaling: bool = False) -> Batches:
     """This project's loader."""
     from workloads.data.manifest import open_dataset
     from workloads.data.reader import DataConfig, TrainLoader
@@ -72,7 +82,8 @@ def ours(folder: Path, uri: str | None = None, start_step: int = 0) -> Batches:
 
     dataset = open_dataset(uri or str(folder / "dataset"))
     plan = SamplePlan(dataset.row_groups.rows, dataset_sha256=dataset.manifest.sha256, seed=0, global_batch_size=BATCH)
-    loader = TrainLoader(dataset, plan, DataConfig(uri=dataset.uri, decode_size=SIDE, decode_threads=WORKERS))
+    reading = DataConfig(uri=dataset.uri, decode_size=SIDE, decode_threads=WORKERS, dct_scaling=dct_scaling)
+    loader = TrainLoader(dataset, plan, reading)
     for batch in loader.iterate(start_step):
         yield batch.images
 
@@ -137,8 +148,8 @@ def streaming(folder: Path) -> Batches:
 
 
 class _Folder(torch.utils.data.Dataset):
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[Path], draft: bool) -> None:
+        self.paths, self.draft = paths, draft
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -147,6 +158,8 @@ class _Folder(torch.utils.data.Dataset):
         from PIL import Image
 
         with Image.open(self.paths[index]) as image:
+            if self.draft:
+                image.draft("RGB", tuple(max(1, SIDE * side // max(image.size)) for side in image.size))
             rgb = image.convert("RGB")
             rgb.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=None)
         canvas = np.zeros((3, SIDE, SIDE), dtype=np.uint8)
@@ -154,11 +167,16 @@ class _Folder(torch.utils.data.Dataset):
         return torch.from_numpy(canvas)
 
 
-def folder_pil(folder: Path) -> Batches:
+def folder_pil(folder: Path, draft: bool = False) -> Batches:
     """torch's DataLoader over files, decoded by Pillow."""
     paths = sorted(path for path in (folder / "images").rglob("*.jpg"))
     while True:
-        yield from _loader(_Folder(paths), shuffle=True)
+        yield from _loader(_Folder(paths, draft), shuffle=True)
+
+
+def folder_pil_dct(folder: Path) -> Batches:
+    """The same with Pillow's DCT-scaled decoding."""
+    return folder_pil(folder, draft=True)
 
 
 def ray_data(folder: Path) -> Batches:
@@ -187,8 +205,24 @@ LOADERS: dict[str, Callable[[Path], Batches]] = {
     "streaming": streaming,
     "folder_pil": folder_pil,
     "ray_data": ray_data,
+    "limit_dct": limit_dct,
+    "ours_dct": ours_dct,
+    "folder_pil_dct": folder_pil_dct,
 }
 PEERS = ("torch_parquet", "webdataset", "streaming", "folder_pil", "ray_data")
+
+
+def dct_error(folder: Path) -> float:
+    """Mean absolute difference of DCT-scaled decoding to full decoding, in 1/255, over the pixels of up to 256 images."""
+    from workloads.data.decode import decode_batch
+
+    paths = sorted((folder / "images").rglob("*.jpg"))[:256]
+    encoded = [path.read_bytes() for path in paths]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        full, content, *_ = decode_batch(encoded, decode_size=SIDE, pool=pool)
+        scaled, *_ = decode_batch(encoded, decode_size=SIDE, pool=pool, dct_scaling=True)
+    difference = (full.int() - scaled.int()).abs().sum()
+    return float(difference / (3 * content.prod(1).sum()))
 
 
 def write_peer_formats(folder: Path) -> None:

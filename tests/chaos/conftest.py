@@ -256,7 +256,9 @@ def driver_of(folder: Path, images: str, nodes: Nodes | None, *overrides: str, *
     keys = {override.split("=")[0] for override in overrides}
     given = [item for item in given if item.split("=")[0] not in keys]
     (folder / "tmp").mkdir(exist_ok=True)
-    return Driver(folder, nodes, [*given, *overrides], {"TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": "/tmp", **environment})
+    return Driver(
+        folder, nodes, [*given, *overrides], {"TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": "/tmp", **environment}
+    )
 
 
 def assert_nothing_lost(

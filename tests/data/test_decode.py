@@ -137,3 +137,32 @@ def test_decoding_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode_batch([encoded(quarters())], decode_size=32, pool=POOL)
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Something smooth with edges, as photographs are."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [127 + 100 * np.sin(x / 23.0 + c) * np.cos(y / 31.0) + 20 * (x > y) for c in range(3)]
+    return Image.fromarray(np.clip(np.stack(waves, -1), 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("hw", [(480, 640), (641, 479), (500, 500), (2000, 90)])
+def test_dct_scaled_decoding_gives_nearly_the_same_and_the_same_sizes(orientation, mode, hw):
+    data = encoded(photograph(*hw).convert(mode), "JPEG", exif=exif(orientation))
+    full = decode_batch([data], decode_size=100, pool=POOL)
+    scaled = decode_batch([data], decode_size=100, pool=POOL, dct_scaling=True)
+    assert all(torch.equal(a, b) for a, b in zip(full[1:], scaled[1:], strict=True))
+    assert (full[0].int() - scaled[0].int()).abs().float().mean() < 1.5
+    assert not torch.equal(full[0], scaled[0])  # it was really done
+
+
+def test_dct_scaled_decoding_leaves_what_it_cannot_quicken_as_it_is():
+    small, png = encoded(photograph(150, 190), "JPEG"), encoded(photograph(480, 640), "PNG")
+    given = [small, png, small[:200], b"x", None]
+    full = decode_batch(given, decode_size=100, pool=POOL)
+    scaled = decode_batch(given, decode_size=100, pool=POOL, dct_scaling=True)
+    assert all(torch.equal(a, b) for a, b in zip(full, scaled, strict=True))
+    cut = encoded(photograph(480, 640), "JPEG")[:-3000]
+    assert not decode_batch([cut], decode_size=100, pool=POOL, dct_scaling=True)[3].any()

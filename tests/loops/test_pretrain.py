@@ -16,7 +16,7 @@ from workloads.data.manifest import DataError
 from workloads.data.shards import BuildConfig
 from workloads.data.sources import FolderSourceConfig
 from workloads.loops.evaluate import evaluate
-from workloads.loops.pretrain import NonFiniteLossError, preflight, pretrain
+from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError, preflight, pretrain
 from workloads.runtime import LocalRuntime
 from workloads.spec import PretrainConfig, load_model
 
@@ -135,6 +135,68 @@ def test_another_config_or_a_damaged_checkpoint_is_refused(uri, tmp_path):
     (checkpoint / "state.pt").write_bytes((checkpoint / "state.pt").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
         load_model(checkpoint)
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(uri, tmp_path, caplog):
+    settings = settings_of(uri, "checkpoint_every=2", "checkpoint_epochs=null")
+    pretrain(settings, LocalRuntime(tmp_path / "whole"))
+    pretrain(settings, LocalRuntime(tmp_path / "hurt"))
+    state = newest(tmp_path / "hurt") / "state.pt"
+    state.write_bytes(state.read_bytes()[:-5])
+    pretrain(settings, LocalRuntime(tmp_path / "hurt"))
+    assert "falling back to the one before" in caplog.text
+    states = [store_of(tmp_path / name).read_newest().state["model"] for name in ("whole", "hurt")]
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+class Asked(LocalRuntime):
+    """Is asked to stop after so many steps."""
+
+    calls = 0
+
+    def request(self):
+        self.calls += 1
+        return "stop" if self.calls == 3 else "go on"
+
+
+def test_a_run_that_is_asked_to_stop_takes_a_checkpoint_and_goes_on_later(uri, tmp_path):
+    settings = settings_of(uri, "log_every=4", "checkpoint_epochs=null")
+    pretrain(settings, LocalRuntime(tmp_path / "whole"))
+    with pytest.raises(RunStoppedError, match="after step 3 of 6"):
+        pretrain(settings, Asked(tmp_path / "asked"))
+    assert store_of(tmp_path / "asked").steps() == [3]
+    pretrain(settings, LocalRuntime(tmp_path / "asked"))
+    losses = [[(r["step"], r["train/loss"]) for r in records(tmp_path / name)] for name in ("whole", "asked")]
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [4, 6]
+
+
+def test_a_run_may_begin_with_the_weights_of_another(uri, tmp_path):
+    pretrain(settings_of(uri, "steps=2"), LocalRuntime(tmp_path / "first"))
+    begun = settings_of(uri, "steps=1", "seed=7", "optimizer.lr=1e-30", f"init_from={newest(tmp_path / 'first')}")
+    pretrain(begun, LocalRuntime(tmp_path / "second"))
+    first, second = (store_of(tmp_path / name).read_newest() for name in ("first", "second"))
+    assert second.meta.step == 1
+    for name, value in first.state["model"].items():
+        torch.testing.assert_close(second.state["model"][name], value)
+    with pytest.raises(ConfigError, match=r"init_from: .*other networks"):
+        preflight(settings_of(uri, f"init_from={newest(tmp_path / 'first')}", "objective.projection_dim=8"), 1)
+    with pytest.raises(ConfigError, match=r"init_from: .*not a checkpoint"):
+        preflight(settings_of(uri, "init_from=nowhere"), 1)
+
+
+def test_batch_norm_on_several_workers_is_refused_unless_allowed(uri):
+    with pytest.raises(ConfigError, match="another number of workers is another model"):
+        preflight(settings_of(uri, "backbone.norm=batch"), 2)
+    preflight(settings_of(uri, "backbone.norm=batch", "allow_local_statistics=true"), 2)
+    preflight(settings_of(uri, "backbone.norm=sync_batch"), 2)
+
+
+def test_micro_batches_train_as_the_whole_batch_does(uri, tmp_path):
+    for name, more in (("whole", []), ("micro", ["micro_batch_size=3"])):
+        pretrain(settings_of(uri, "log_every=1", "optimizer.kind=sgd", *more), LocalRuntime(tmp_path / name))
+    losses = [[r["train/loss"] for r in records(tmp_path / name)] for name in ("whole", "micro")]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # rounding, amplified by six updates
 
 
 def test_a_loss_that_is_not_finite_names_the_images(uri, tmp_path):

@@ -6,8 +6,9 @@ from typing import Any
 
 import pyarrow.fs as arrow_fs
 import pytest
+from pyarrow.fs import LocalFileSystem
 
-from orchestrator.journal import Journal, JournalDrain, JournalReader, Record
+from orchestrator.journal import Journal, JournalArchive, JournalDrain, JournalReader, Record
 from orchestrator.journal_callback import records_of
 from orchestrator.track import MlflowSink, RunHeader
 
@@ -141,3 +142,36 @@ def test_artifacts_and_tags_reach_the_run(store: Path) -> None:
     assert run.data.tags["ray.job_id"] == "7"
     assert [item.path for item in sink._client.list_artifacts(sink.open(), "heatmaps")] == ["heatmaps/plain.png"]
     assert [item.path for item in sink._client.list_artifacts(sink.open(), "config")] == ["config/experiment.yaml"]
+
+
+def archive_of(folder: Path, storage: Path) -> JournalArchive:
+    return JournalArchive(folder / "journal.jsonl", LocalFileSystem(), str(storage), period_s=0.05)
+
+
+def test_the_storage_keeps_a_copy_that_another_machine_goes_on_with(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    journal = Journal(first / "journal.jsonl")
+    with archive_of(first, tmp_path / "storage") as archive:
+        journal.append({"kind": "tags", "tags": {"n": "1"}})
+        archive.push()
+        journal.append({"kind": "tags", "tags": {"n": "2"}})
+    assert len(list((tmp_path / "storage").iterdir())) >= 2
+    with archive_of(second, tmp_path / "storage"):
+        assert (second / "journal.jsonl").read_bytes() == journal.path.read_bytes()
+        Journal(second / "journal.jsonl").append({"kind": "tags", "tags": {"n": "3"}})
+    with archive_of(first, tmp_path / "storage"):  # the first machine comes back, its copy out of date
+        assert [record["tags"]["n"] for record in JournalReader(journal.path).read()] == ["1", "2", "3"]
+
+
+def test_what_the_storage_does_not_have_yet_is_kept_and_copied(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    with archive_of(tmp_path, tmp_path / "storage"):
+        journal.append({"kind": "tags", "tags": {"n": "1"}})
+    journal.append({"kind": "tags", "tags": {"n": "2"}})  # written, and the process died before it was copied
+    with journal.path.open("ab") as file:
+        file.write(b'{"kind": "ta')  # torn
+    with archive_of(tmp_path, tmp_path / "storage"):
+        pass
+    copied = b"".join(path.read_bytes() for path in sorted((tmp_path / "storage").iterdir()))
+    assert journal.path.read_bytes() == copied + b'{"kind": "ta'
+    assert len(JournalReader(journal.path).read()) == 2

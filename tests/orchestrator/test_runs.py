@@ -5,9 +5,15 @@ from pathlib import Path
 import pytest
 
 from orchestrator.load import load_experiment
-from orchestrator.runs import claim_run
+from orchestrator.runs import Run, hold_run
+from orchestrator.runs import claim_run as claim
+from orchestrator.spec import TrainExperiment
 from orchestrator.track import run_header
 from workloads.config import ConfigError
+
+
+def claim_run(experiment: TrainExperiment, manifest_sha256: str = "0" * 64) -> Run:
+    return claim(experiment, manifest_sha256=manifest_sha256)
 
 
 def test_the_same_config_continues_and_another_is_refused(experiment: Path) -> None:
@@ -16,6 +22,25 @@ def test_the_same_config_continues_and_another_is_refused(experiment: Path) -> N
     assert claim_run(load_experiment(str(experiment), elsewhere)).claim == first.claim
     with pytest.raises(ConfigError, match=r"'mine' already exists .*differs in objective.temperature, steps"):
         claim_run(load_experiment(str(experiment), ["tracking.run_name=mine", "steps=30", "objective.temperature=0.2"]))
+
+
+def test_other_data_are_refused_with_the_way_out(experiment: Path) -> None:
+    loaded = load_experiment(str(experiment), ["tracking.run_name=mine"])
+    claim_run(loaded, "a" * 64)
+    with pytest.raises(ConfigError, match=r"data\.uri: run 'mine' was begun on another dataset .*init_from"):
+        claim_run(loaded, "b" * 64)
+
+
+def test_a_run_has_one_driver_at_a_time(experiment: Path) -> None:
+    loaded = load_experiment(str(experiment), ["tracking.run_name=mine"])
+    other = load_experiment(str(experiment), ["tracking.run_name=other"])
+    with hold_run(loaded):
+        with pytest.raises(ConfigError, match="another process is training run 'mine'"), hold_run(loaded):
+            pass
+        with hold_run(other):
+            pass
+    with hold_run(loaded):
+        pass
 
 
 def test_without_a_name_the_config_decides(experiment: Path) -> None:

@@ -21,7 +21,7 @@ from workloads.gradient_cache import backward_in_micro_batches
 from workloads.loops.evaluate import GridEvaluation
 from workloads.optim import make_optimizer, rate_at
 from workloads.runtime import Runtime
-from workloads.spec import PretrainConfig, build_objective
+from workloads.spec import PretrainConfig, build_objective, load_initial_weights
 from workloads.types import ImageBatch
 
 
@@ -62,6 +62,8 @@ def preflight(settings: PretrainConfig, world_size: int) -> Preflight:
             "backbone.norm: batch normalises over each worker's share, so another number of workers is another model; "
             "use group or sync_batch, or say allow_local_statistics=true"
         )
+    if settings.init_from is not None:
+        load_initial_weights(build_objective(settings), settings.init_from, device=torch.device("cpu"))
     held_out = open_dataset(settings.evaluation.uri) if settings.evaluation.uri else None
     missing = set(settings.evaluation.protocol.levels) - set(settings.objective.levels)
     if held_out is not None and missing:
@@ -102,6 +104,8 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     dataset, plan = _open(settings)
     torch.manual_seed(settings.seed)
     objective = build_objective(settings)
+    if settings.init_from is not None:
+        load_initial_weights(objective, settings.init_from, device=torch.device("cpu"))
     if settings.channels_last:
         objective = objective.to(memory_format=torch.channels_last)
     model = runtime.prepare(objective)
