@@ -73,10 +73,11 @@ def decode_jpeg_scaled(encoded: Encoded, longer_side: int) -> tuple[Tensor, tupl
     Raises:
         DecodeError: as `decode_image`.
     """
-    if bytes(memoryview(encoded)[:2]) != b"\xff\xd8":
+    data = memoryview(encoded)  # type: ignore[arg-type]  # an array is a buffer too
+    if bytes(data[:2]) != b"\xff\xd8":
         return None
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             target_h, target_w = shrunk_hw(height, width, longer_side)
             if min(width // target_w, height // target_h) < 2:
