@@ -234,13 +234,19 @@ def data_verify(
 def data_stats(
     uri: Annotated[str, typer.Argument(help="Dataset.")],
     figure: Annotated[str | None, typer.Option(help="Draw the distributions to this PNG file.")] = None,
+    log_to: Annotated[str | None, typer.Option(help="MLflow run, id or name, that keeps table and figure.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Counts, sizes and rejects of a dataset."""
     with _explained(debug):
-        from orchestrator.inspect_data import dataset_stats, draw_stats
+        from orchestrator.inspect_data import dataset_stats, draw_stats, log_stats
 
         stats = dataset_stats(uri)
         typer.echo(stats)
         if figure is not None:
             typer.echo(f"figure       {draw_stats(stats, figure)}")
+        if log_to is not None:
+            typer.echo(f"logged to    run {log_stats(stats, log_to, tracking_uri=tracking_uri)}, report/data")

@@ -41,13 +41,7 @@ def evaluate_run(
         DataError: no dataset there.
         EvaluationError: the run has no model yet, or has other figures at this step.
     """
-    quiet_mlflow()
-    from mlflow import MlflowClient
-
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').absolute()}/mlflow.db"
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise ConfigError(f"--tracking-uri: there is no MLflow store at {uri}; name the one that the run was logged to")
-    client = MlflowClient(tracking_uri=uri)
+    client = open_tracking(tracking_uri)
     found = find_run(client, run)
     run_id = found.info.run_id
     with tempfile.TemporaryDirectory() as folder:
@@ -59,9 +53,24 @@ def evaluate_run(
         log_once(client, run_id, metrics, step=step)
         place = None if prefix == "eval/" else prefix.removeprefix("eval/").rstrip("/")
         _log_artifacts(client, run_id, output / "artifacts", place)
-    address = run_address(uri, found.info.experiment_id, run_id)
+    address = run_address(client.tracking_uri, found.info.experiment_id, run_id)
     heatmaps = "heatmaps" if place is None else f"heatmaps/{place}"
     return EvaluationResult(run_id=run_id, address=address, metrics=metrics, headline=figures, artifacts=heatmaps)
+
+
+def open_tracking(tracking_uri: str | None) -> Any:
+    """A client of the given MLflow store, else of MLFLOW_TRACKING_URI's, else of runs/mlflow.db.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    quiet_mlflow()
+    from mlflow import MlflowClient
+
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').absolute()}/mlflow.db"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise ConfigError(f"--tracking-uri: there is no MLflow store at {uri}; name the one that the run was logged to")
+    return MlflowClient(tracking_uri=uri)
 
 
 def find_run(client: Any, run: str) -> Any:

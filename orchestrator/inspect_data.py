@@ -1,6 +1,8 @@
 """Checking and describing a dataset that was built: every byte again, or a page about it."""
 
+import csv
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -244,3 +246,26 @@ def _draw_bars(axis: Any, counts: Counter[str], title: str) -> None:
     axis.barh(range(len(names)), values)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
+
+
+def log_stats(stats: DatasetStats, run: str, *, tracking_uri: str | None = None) -> str:
+    """Keep the table and the figure with an MLflow run, under `report/data/`; returns the run's id.
+
+    Raises:
+        ConfigError: no such run or tracking store.
+    """
+    from orchestrator.evaluate import find_run, open_tracking
+    from orchestrator.track import dataset_label
+
+    client = open_tracking(tracking_uri)
+    run_id = str(find_run(client, run).info.run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        label = dataset_label(stats.uri)
+        draw_stats(stats, Path(folder, f"{label}.png"))
+        rows = [("", "images", stats.num_images), *(("label", *pair) for pair in sorted(stats.labels.items()))]
+        rows += [("reject", *pair) for pair in sorted(stats.rejects.items())]
+        with Path(folder, f"{label}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("kind", "name", "count"), *rows])
+        Path(folder, f"{label}.txt").write_text(str(stats).replace(stats.uri, label) + "\n", encoding="utf-8")
+        client.log_artifacts(run_id, folder, "report/data")
+    return run_id

@@ -43,6 +43,7 @@ class RayRuntime:
         self._restored_step: int | None = None
         self._watch_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
         self._preemption_known = False
+        self._preemption_asked = float("-inf")
         self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
         self._failure: BaseException | None = None
         self._reporter = threading.Thread(target=self._send_reports, name="reports", daemon=True)
@@ -98,8 +99,11 @@ class RayRuntime:
         return agreed("stop" if stop else "save" if self._preempted() else "go on", self.device)
 
     def _preempted(self) -> bool:
-        if not self._watch_preemption:
+        # Asking is a call to another process. A worker alone may skip it; several must ask equally often.
+        now = time.monotonic()
+        if not self._watch_preemption or (self.world_size == 1 and now - self._preemption_asked < 1.0):
             return False
+        self._preemption_asked = now
         known = ray.train.get_preemption_info() is not None
         fresh, self._preemption_known = known and not self._preemption_known, known
         return fresh

@@ -107,6 +107,14 @@ class Nodes:
         """SIGKILL the second node's raylet and its workers."""
         self._kill(self._others.pop(0))
 
+    def drain_other(self, *, deadline_s: int) -> None:
+        """Tell the cluster that the second node will be taken, as a spot market does."""
+        node = self._others[0]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.address]
+        notice = ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        deadline = ["--deadline-remaining-seconds", str(deadline_s)]
+        subprocess.run([*command, *notice, *deadline], check=True, capture_output=True)
+
     def kill_head(self) -> None:
         """SIGKILL the head's processes, GCS included."""
         self._kill(self._cluster.head_node)

@@ -1,5 +1,6 @@
 """Processes that die, hang, come and go."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.chaos.conftest import (
     assert_nothing_left,
     assert_nothing_lost,
     driver_of,
+    journals,
     newest_step,
     status,
     train_workers,
@@ -86,7 +88,7 @@ def test_4_the_head_dies_and_the_command_is_typed_on_a_new_cluster(
     driver = driver_of(tmp_path, images, nodes).start()
     wait_step(driver, 6)
     nodes.kill_head()
-    assert driver.wait(120) != 0
+    assert driver.wait(240) != 0
     nodes.close()
     fresh = Nodes()
     try:
@@ -114,11 +116,33 @@ def test_5_sigterm_takes_a_checkpoint_first(nodes: Nodes, images: str, tmp_path:
     assert_nothing_left(nodes)
 
 
+def test_5_notice_that_a_node_will_be_taken_brings_a_checkpoint(
+    nodes: Nodes, images: str, tmp_path: Path, undisturbed: Reference
+) -> None:
+    given = ["scaling.placement=STRICT_SPREAD", "checkpoint_every=1000", "steps=400"]
+    driver = driver_of(tmp_path, images, nodes, *given).start()
+    wait_step(driver, 5)
+    nodes.drain_other(deadline_s=10)
+    store = CheckpointStore(LocalFileSystem(), f"{tmp_path}/runs/hurt/checkpoints")
+    wait_until(lambda: bool(store.steps()), "a checkpoint", driver, timeout_s=10)
+    saved = store.steps()[0]
+    nodes.join()
+    wait_until(lambda: "fault" in journals(tmp_path)[0].read_text(), "the node's end", driver)
+    begun = newest_step(tmp_path)
+    wait_step(driver, begun + 3)
+    assert driver.process is not None
+    driver.process.send_signal(signal.SIGTERM)
+    driver.wait(60)
+    faults = [json.loads(line) for line in journals(tmp_path)[0].read_text().splitlines() if '"fault"' in line]
+    assert faults[0]["failure"]["saved_step"] >= saved
+    assert_nothing_left(nodes)
+
+
 def test_6_a_node_joins_and_an_elastic_run_grows(
     nodes: Nodes, images: str, tmp_path: Path, undisturbed: Reference
 ) -> None:
     elastic = ["scaling.num_workers=[1, 3]", "scaling.cpus_per_worker=2", "scaling.resize_check_s=1"]
-    driver = driver_of(tmp_path, images, nodes, *elastic, "scaling.threads_per_worker=1", "steps=48").start()
+    driver = driver_of(tmp_path, images, nodes, *elastic, "scaling.threads_per_worker=1", "steps=150").start()
     wait_step(driver, 5)
     nodes.join()
     wait_until(lambda: len(train_workers()) == 3, "three workers", driver)

@@ -93,6 +93,18 @@ def test_a_build_on_s3_is_the_local_one_and_reads_the_same(uri, dataset):
     ]
 
 
+def test_ray_builds_on_s3_what_one_process_does(bucket, dataset, folder):
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        manifest = build_dataset(build_to(f"s3://{bucket}/ray", folder), on_ray=True)
+    finally:
+        ray.shutdown()
+    assert manifest.sha256 == dataset.manifest.sha256
+    assert verify_dataset(f"s3://{bucket}/ray").decoded == 48
+
+
 def test_images_on_s3_are_a_source(bucket, tmp_path):
     folder = make_folder(tmp_path / "images", classes=2, per_class=3)
     s3 = object_store.client()

@@ -151,19 +151,27 @@ def read_images(folder: Path) -> dict[str, bytes]:
     return {row["image_id"]: row["image"]["bytes"] for row in rows}
 
 
-def test_ray_data_builds_the_same_dataset(source, tmp_path):
-    ray = pytest.importorskip("ray")
+def test_ray_data_on_two_nodes_builds_the_same_dataset_and_reads_it(source, tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+
     here = build_dataset(folder_build(source, tmp_path / "here", **SMALL))
     told = []
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
+        nodes.add_node(num_cpus=1)
+        ray.init(address=nodes.address, log_to_driver=False)
         config = folder_build(source, tmp_path / "ray", **SMALL)
         there = build_dataset(config, on_ray=True, progress=lambda done, total: told.append((done, total)))
+        files = sorted(str(path) for path in (tmp_path / "ray").glob("shard-*.parquet"))
+        read = ray.data.read_parquet(files, columns=["image_id", "image"]).take_all()
     finally:
         ray.shutdown()
+        nodes.shutdown()
     assert there.sha256 == here.sha256
     assert told[-1] == (32, 32)
     assert len(told) == 4
+    assert {row["image_id"]: row["image"]["bytes"] for row in read} == read_images(tmp_path / "here")
 
 
 def test_voc(tmp_path):

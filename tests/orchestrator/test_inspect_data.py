@@ -4,8 +4,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.ingest import build_dataset
-from orchestrator.inspect_data import dataset_stats, draw_stats, verify_dataset
+from orchestrator.inspect_data import dataset_stats, draw_stats, log_stats, verify_dataset
 from tests.data.images import make_folder
+from workloads.config import ConfigError
 from workloads.data.filesystems import DataError
 from workloads.data.shards import BuildConfig
 from workloads.data.sources import FolderSourceConfig
@@ -54,6 +55,24 @@ def test_stats(built, tmp_path):
     for part in ("18 in 2 shards", "64x48 median", "not an image 1", "class_0 6"):
         assert part in text
     assert draw_stats(stats, tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stats_become_artifacts_of_a_run(built, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("data", artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = client.create_run(experiment, run_name="mine").info.run_id
+    assert log_stats(dataset_stats(str(built)), "mine", tracking_uri=uri) == run_id
+    label = built.name
+    assert sorted(item.path for item in client.list_artifacts(run_id, "report/data")) == [
+        f"report/data/{label}.{kind}" for kind in ("csv", "png", "txt")
+    ]
+    table = (tmp_path / "artifacts" / run_id / "artifacts" / "report" / "data" / f"{label}.csv").read_text()
+    assert "label,class_0,6" in table and "reject,not an image,1" in table and ",images,18" in table
+    assert str(built) not in (tmp_path / "artifacts" / run_id / "artifacts/report/data" / f"{label}.txt").read_text()
+    with pytest.raises(ConfigError, match="no run with this name"):
+        log_stats(dataset_stats(str(built)), "other", tracking_uri=uri)
 
 
 def test_pandas_and_ray_data_read_the_shards(built):
