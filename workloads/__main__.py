@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.checkpoint import CheckpointError
+from workloads.checkpoint import CheckpointError, CheckpointWriteError
 from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
 from workloads.loops.evaluate import evaluate
-from workloads.loops.pretrain import NonFiniteLossError, preflight, pretrain
+from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError, preflight, pretrain
 from workloads.runtime import LocalRuntime
 from workloads.spec import EvaluationConfig, PretrainConfig, load_model, load_pretrain
 
@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         overrides = parse_overrides([*options.overrides, *others])
         return _train(options, overrides) if options.command == "train" else _evaluate(options, overrides)
+    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError) as error:
+        _LOG.error("%s", error)
+        return 1
     except (ConfigError, DataError, PlanError, CheckpointError) as error:
         _LOG.error("%s", error)
         return 2
-    except NonFiniteLossError as error:
-        _LOG.error("%s", error)
-        return 1
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:

@@ -38,6 +38,10 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written or used; the message names the folder and why."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """The store did not take a checkpoint for as long as the run had patience."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMeta:
     """What a checkpoint belongs to, readable without torch."""
@@ -397,7 +401,7 @@ class CheckpointWriter:
                     whole = (
                         f"the newest whole one is of step {self.newest.step}" if self.newest else "none was written yet"
                     )
-                    return CheckpointError(
+                    return CheckpointWriteError(
                         f"the checkpoint of step {snapshot.meta.step} cannot be written: {_first_line(error)}; {whole}; "
                         "see that storage.path can be written and has room, then give the same command again"
                     )

@@ -45,8 +45,8 @@ class Timed(LocalRuntime):
         super().__init__(output)
         self.rows: list[dict] = []
 
-    def report(self, metrics, *, step, folder=None):
-        super().report(metrics, step=step, folder=folder)
+    def report(self, metrics, *, step, artifacts=None):
+        super().report(metrics, step=step, artifacts=artifacts)
         self.rows.append({"step": step, "seconds": time.monotonic() - self._started, **metrics})
 
 

@@ -1,6 +1,10 @@
 """The pretraining loop on real files: records, resumes bit by bit, refuses, and gives the same on two processes."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +172,36 @@ def test_a_run_that_is_asked_to_stop_takes_a_checkpoint_and_goes_on_later(uri, t
     pretrain(settings, LocalRuntime(tmp_path / "asked"))
     losses = [[(r["step"], r["train/loss"]) for r in records(tmp_path / name)] for name in ("whole", "asked")]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [4, 6]
+
+
+def test_sigterm_to_the_command_saves_and_says_how_to_continue(uri, tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(to_yaml(settings_of(uri, "steps=5000", "log_every=1")))
+    command = [sys.executable, "-m", "workloads", "train", str(file), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped on request after step" in errors and "Traceback" not in errors
+    steps = store_of(tmp_path / "run").steps()
+    assert f"step {steps[-1]} of 5000" in errors
+
+
+def test_torchrun_trains_as_one_process_does(uri, tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(to_yaml(settings_of(uri, "steps=2", "log_every=1", "data.lanes=4")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    for name, begin in (("one", [sys.executable, "-m"]), ("two", launch)):
+        command = [*begin, "workloads", "train", str(file), "--output", str(tmp_path / name)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    losses = [[r["train/loss"] for r in records(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 2
+    assert store_of(tmp_path / "two").steps()[-1] == 2
 
 
 def test_a_run_may_begin_with_the_weights_of_another(uri, tmp_path):
