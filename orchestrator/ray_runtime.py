@@ -95,8 +95,9 @@ class RayRuntime:
 
     def request(self) -> Request:
         """`stop` once the driver passed on that it was told to end; `save` when a node of the run is about to be taken."""
+        preempted = self._preempted()  # every rank asks, whatever else it knows: it is a barrier
         stop = self._progress is not None and self._progress.stop_asked
-        return agreed("stop" if stop else "save" if self._preempted() else "go on", self.device)
+        return agreed("stop" if stop else "save" if preempted else "go on", self.device)
 
     def _preempted(self) -> bool:
         # Asking is a call to another process. A worker alone may skip it; several must ask equally often.

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,11 @@ def test_a_submitted_job_does_the_same(
         *("python", "-m", "orchestrator", "train", str(path), "steps=5", "evaluation.uri=null"),
     ]
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    for _ in range(20):  # the node's agent, which takes jobs, may come up long after its raylet
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(3)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     _, found = runs_of(tmp_path)
     assert [item.info.status for item in found] == ["FINISHED"]

@@ -164,7 +164,7 @@ def test_ray_data_on_two_nodes_builds_the_same_dataset_and_reads_it(source, tmp_
         config = folder_build(source, tmp_path / "ray", **SMALL)
         there = build_dataset(config, on_ray=True, progress=lambda done, total: told.append((done, total)))
         files = sorted(str(path) for path in (tmp_path / "ray").glob("shard-*.parquet"))
-        read = ray.data.read_parquet(files, columns=["image_id", "image"]).take_all()
+        read = ray.data.read_parquet(files).select_columns(["image_id", "image"]).take_all()
     finally:
         ray.shutdown()
         nodes.shutdown()
