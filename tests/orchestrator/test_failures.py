@@ -92,6 +92,14 @@ def test_the_controller_that_dies_is_told_from_a_worker_that_does():
     assert classify(WorkerGroupError("failed", {1: ActorDiedError()}), saved_step=0, at_s=0.0).kind == "worker"
 
 
+def test_a_node_that_was_taken_after_notice_is_a_node() -> None:
+    from ray.train import PreemptionError
+
+    error = PreemptionError.__new__(PreemptionError)
+    Exception.__init__(error, "Training was interrupted by node preemption")
+    assert classify(error, saved_step=0, at_s=0.0).kind == "node"
+
+
 def test_of_several_workers_the_one_at_fault_is_named():
     causes = {0: RuntimeError("Connection closed by peer"), 1: NonFiniteLossError("the loss is nan")}
     assert isinstance(worker_cause(WorkerGroupError("failed", causes)), NonFiniteLossError)
