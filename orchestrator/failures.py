@@ -118,6 +118,8 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
             if isinstance(error, RayError):  # nobody wrapped it: it is the controller that died
                 return "controller"
             return "node" if "node has died" in text or "node was" in text else "worker"
+    if type(cause).__name__ == "PreemptionError":  # a node was taken, after notice
+        return "node"
     if ("timed out" in text.lower() and "placement group" in text.lower()) or "StartupTimeout" in type(cause).__name__:
         return "resources"
     if is_outage(cause):
