@@ -24,11 +24,13 @@ from ray.cluster_utils import Cluster
 
 from orchestrator.ingest import build_dataset
 from tests.oracles.sample_plan import epoch_order
-from tests.s3_peer import free_port
+from tests.s3_peer import faulty, free_port, s3_peer
 from workloads.data.ledger import read_ledger
 from workloads.data.manifest import open_dataset
 from workloads.data.shards import BuildConfig
 from workloads.data.sources import FolderSourceConfig
+
+__all__ = ["faulty", "s3_peer"]  # fixtures of the object store
 
 STEPS, BATCH, IMAGES = 24, 8, 50
 
