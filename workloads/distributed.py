@@ -12,6 +12,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def row_counts(rows: int, device: torch.device) -> list[int]:
     """How many rows each rank holds, in rank order."""
     if world_size() == 1:

@@ -125,7 +125,7 @@ def test_10_a_damaged_shard_ends_the_run_in_one_sentence(
     driver = driver_of(tmp_path, images, nodes, f"data.uri={broken}").start()
     assert driver.wait() in (1, 2), driver.text
     errors = [line for line in driver.text.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "shard-000001.parquet" in errors[0] and "data verify" in errors[0], driver.text
+    assert len(errors) == 1 and "shard-000001.parquet" in errors[0] and "restore it" in errors[0], driver.text
     assert "continuing" not in driver.text
     assert_nothing_left(nodes)
 

@@ -4,8 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
+from workloads.distributed import wait_for_all
 from workloads.types import ImageBatch
 
 
@@ -38,8 +37,7 @@ class Ledger:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         partial.rename(folder / f"rank_{self._rank}.jsonl")
         self._lines = []
-        if self._world_size > 1:
-            dist.barrier()
+        wait_for_all()
 
 
 def read_ledger(folder: str | Path) -> Iterator[dict[str, object]]:

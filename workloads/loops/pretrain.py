@@ -17,6 +17,7 @@ from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import TrainLoader
 from workloads.data.sample_plan import SamplePlan
 from workloads.data.views import make_views
+from workloads.distributed import wait_for_all
 from workloads.gradient_cache import backward_in_micro_batches
 from workloads.loops.evaluate import GridEvaluation
 from workloads.optim import make_optimizer, rate_at
@@ -168,6 +169,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
                         runtime.save(snapshot)
             if request == "stop" and not last:
                 runtime.flush()
+                wait_for_all()  # the first rank to end has the others killed: none may before the checkpoint is whole
                 raise RunStoppedError(
                     f"stopped on request after step {step} of {settings.steps}, with a checkpoint; "
                     "give the same command again to continue"
