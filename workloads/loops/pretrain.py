@@ -17,7 +17,7 @@ from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import TrainLoader
 from workloads.data.sample_plan import SamplePlan
 from workloads.data.views import make_views
-from workloads.distributed import wait_for_all
+from workloads.distributed import sum_over_ranks, wait_for_all
 from workloads.gradient_cache import backward_in_micro_batches
 from workloads.loops.evaluate import GridEvaluation
 from workloads.optim import make_optimizer, rate_at
@@ -144,6 +144,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
             save = last or evaluate or request != "go on" or _is_due(step, settings, plan.steps_per_epoch)
             if log or save:
                 meter.check(step, _saved(runtime))
+                meter.count_bad_rows()
             record = meter.flush(settings.global_batch_size) if log else {}
             runtime.progress(meter.line(), step=step, total_steps=settings.steps)
             if evaluate and evaluation is not None:
@@ -250,6 +251,8 @@ class _Meter:
     started: float = 0.0
     waited: float = 0.0
     held: float = 0.0
+    bad_rows: int = 0
+    bad_rows_before: int = 0
     shown: dict[str, float] = field(default_factory=dict)
 
     def restart(self) -> None:
@@ -277,15 +280,21 @@ class _Meter:
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
+    def count_bad_rows(self) -> None:
+        """Add up what did not decode on any rank since the run began; every rank calls it."""
+        device = self.sums["train/loss"].device
+        here = torch.tensor([self.loader.bad_rows], dtype=torch.float64, device=device)
+        self.bad_rows = self.bad_rows_before + int(sum_over_ranks(here))
+
     def window(self) -> dict[str, Tensor]:
         """The sums since the last record, for a checkpoint: the record after a restart covers the steps before it too."""
-        return {**self.sums, "steps": torch.tensor(self.steps)}
+        return {**self.sums, "steps": torch.tensor(self.steps), "bad_rows": torch.tensor(self.bad_rows)}
 
     def resume(self, window: Mapping[str, Tensor]) -> None:
         """Begin with a checkpoint's `window`."""
         self.restart()
-        self.steps = int(window["steps"])
-        self.sums = {name: value.clone() for name, value in window.items() if name != "steps"}
+        self.steps, self.bad_rows_before = int(window["steps"]), int(window["bad_rows"])
+        self.sums = {name: value.clone() for name, value in window.items() if name not in ("steps", "bad_rows")}
 
     def check(self, step: int, saved: str) -> None:
         """Wait for the device and see that the loss is a number.
@@ -313,7 +322,7 @@ class _Meter:
         record["train/checkpoint_share"] = self.held / seconds
         self.held = 0.0
         record["train/lr"] = self.rate
-        record["train/bad_rows"] = float(self.loader.bad_rows)
+        record["train/bad_rows"] = float(self.bad_rows)
         self.shown = record
         self.restart()
         return record
