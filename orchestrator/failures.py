@@ -80,7 +80,9 @@ def classify(error: BaseException, *, saved_step: int, at_s: float) -> Failure:
 
     cause = worker_cause(error)
     kind = _kind(cause, error)
-    reason = _DEATHS[kind] if kind in _DEATHS and isinstance(cause, RayError) else sentence(cause)
+    reason = sentence(cause)
+    if kind in _DEATHS and isinstance(cause, RayError):
+        reason = f"{_DEATHS[kind]} ({reason})" if _died_at_birth(cause) else _DEATHS[kind]
     step = getattr(cause, "at_step", None)
     return Failure(
         kind=kind,
@@ -153,4 +155,9 @@ def sentence(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     # Ray explains a death over many lines, the first of which says what died.
-    return lines[0] if type(error).__module__.startswith("ray.") else lines[-1]
+    return lines[0] if type(error).__module__.startswith("ray.") and not _died_at_birth(error) else lines[-1]
+
+
+def _died_at_birth(error: BaseException) -> bool:
+    """Whether an actor's own constructor raised: Ray then ends its message with that exception."""
+    return "error raised in its creation task" in str(error)

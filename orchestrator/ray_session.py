@@ -1,4 +1,4 @@
-"""Ray for one command: the cluster that it is told of, or one inside its own process; and what the workers get of its environment."""
+"""Ray for one command: the cluster that it is told of, or one inside its own process; and what Ray's processes get of its environment."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool) -> None:
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "RAY_TRAIN_METRICS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0",
-            **worker_environment(experiment, uri),
+            **job_environment(experiment, uri),
         }
     os.environ.update(settings)
     common: dict[str, Any] = {
@@ -51,7 +51,11 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool) -> None:
         "configure_logging": True,
     }
     if on_cluster():
-        ray.init(address=os.environ["RAY_ADDRESS"], **common)
+        # For the whole job, since Ray's controller reads the run's storage as the workers do. A submitted job has an
+        # environment of its own, where this process got the same values from: what is given here wins.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        environment = {"env_vars": job_environment(experiment, uri)}
+        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **common)
         return check_resources(experiment)
     # Logical CPUs: a machine with fewer still runs, slower. Nothing else of Ray is needed inside one process.
     wanted = scaling.most_workers * scaling.cpus_per_worker
@@ -79,8 +83,8 @@ def check_resources(experiment: TrainExperiment) -> None:
             )
 
 
-def worker_environment(experiment: TrainExperiment, uri: str) -> dict[str, str]:
-    """Variables that workers get on purpose; on a cluster they share neither the driver's folder nor its environment."""
+def job_environment(experiment: TrainExperiment, uri: str) -> dict[str, str]:
+    """Variables that Ray's processes get on purpose; on a cluster they share neither the driver's folder nor its environment."""
     passed = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     return {
         "OMP_NUM_THREADS": str(experiment.scaling.threads),

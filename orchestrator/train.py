@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.failures import sentence, worker_cause
 from orchestrator.journal import Journal, JournalArchive, JournalDrain
-from orchestrator.ray_session import on_cluster, start_ray, worker_environment
+from orchestrator.ray_session import on_cluster, start_ray
 from orchestrator.runs import Run, claim_run, finished_run, hold_run, mark_finished
 from orchestrator.spec import TrainExperiment
 from orchestrator.track import (
@@ -322,7 +322,7 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
             parent: Any = super()
             return parent._initialize_and_run_controller(**parts)
 
-    experiment, run, scaling = session.experiment, session.run, session.experiment.scaling
+    run, scaling = session.run, session.experiment.scaling
     return Trainer(
         worker,
         train_loop_config=_job(session),
@@ -339,8 +339,6 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
             storage_path=run.storage_path,
             storage_filesystem=run.filesystem,
             callbacks=[JournalCallback(str(session.journal))],
-            # On an embedded Ray the workers inherit the variables instead, and take over processes that are already up.
-            worker_runtime_env={"env_vars": worker_environment(experiment, session.uri)} if on_cluster() else {},
         ),
     )
 

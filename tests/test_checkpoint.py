@@ -198,6 +198,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         full.write(snapshot_of(2))
     assert store_at(tmp_path).steps() == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]  # no room is taken by what is unfinished
+
+
+def test_what_a_killed_process_left_unfinished_goes_with_the_next_checkpoint(tmp_path):
+    store = store_at(tmp_path, keep=2)
+    store.write(snapshot_of(4))
+    store.write(snapshot_of(6))
+    (tmp_path / "step_00000006" / "meta.json").unlink()
+    store.write(snapshot_of(8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000008"]
+
+
+def test_a_damaged_later_one_does_not_push_out_a_good_one(tmp_path):
+    store = store_at(tmp_path, keep=1)
+    for step in (8, 9):
+        store.write(snapshot_of(step))
+    (tmp_path / "step_00000009" / "state.pt").write_bytes(b"damaged")
+    store.write(snapshot_of(5))
+    store.write(snapshot_of(6))
+    assert store.read_newest().meta.step == 6
 
 
 def test_meta_is_readable_without_torch(tmp_path):

@@ -135,8 +135,10 @@ class CheckpointStore:
         """
         meta = write_checkpoint(snapshot, self.path_of(snapshot.meta.step), self.filesystem)
         self._keep_best(snapshot)
-        for step in self.steps()[: -self._keep]:
-            self.delete(step)
+        stays = [step for step in self.steps() if step <= meta.step][-self._keep :]  # later ones were passed over
+        for step in self._begun():
+            if step < meta.step and step not in stays:  # older, or left unfinished by a process that was killed
+                self.delete(step)
         return meta
 
     def delete(self, step: int) -> None:
@@ -180,6 +182,12 @@ class CheckpointStore:
             return None
         return read_checkpoint(f"{self.folder}/{_BEST}/step_{steps[-1]:08d}", self.filesystem, device=device)
 
+    def _begun(self) -> list[int]:
+        """Steps that have anything of a checkpoint."""
+        paths = self.filesystem.get_file_info(pafs.FileSelector(self.folder, recursive=True))
+        places = (info.path[len(self.folder) :].strip("/").split("/")[0] for info in paths)
+        return sorted({int(named.group(1)) for named in map(_NAME.fullmatch, places) if named})
+
     def _listed(self, folder: str) -> list[int]:
         selector = pafs.FileSelector(folder, allow_not_found=True, recursive=True)
         steps = []
@@ -211,6 +219,15 @@ def write_checkpoint(snapshot: Snapshot, folder: str, filesystem: pafs.FileSyste
         OSError: the file system; what is there then is no checkpoint.
     """
     delete_checkpoint(folder, filesystem)
+    try:
+        return _write_files(snapshot, folder, filesystem)
+    except OSError:
+        with contextlib.suppress(OSError):  # what is unfinished would take the room that the next one needs
+            delete_checkpoint(folder, filesystem)
+        raise
+
+
+def _write_files(snapshot: Snapshot, folder: str, filesystem: pafs.FileSystem) -> CheckpointMeta:
     filesystem.create_dir(folder, recursive=True)
     with filesystem.open_output_stream(f"{folder}/{STATE}") as stream:
         hashed = _HashingStream(stream)

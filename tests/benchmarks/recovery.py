@@ -120,17 +120,19 @@ def losses_of_data(folder: Path) -> dict[str, int]:
 def checkpoint_cost(folder: Path, dataset: str) -> dict[str, float]:
     """The loop without Ray on a ResNet-18 at 128 px: the share of its time for which checkpoints held it up."""
     experiment = ROOT / "orchestrator" / "experiments" / "anchor_ntxent_caltech.yaml"
-    overrides = [f"data.uri={dataset}", "steps=160", "checkpoint_every=50", "checkpoint_epochs=null", "log_every=10"]
+    batch, window = 16, 10
+    overrides = [f"data.uri={dataset}", "steps=160", "checkpoint_every=50", "checkpoint_epochs=null"]
+    overrides += [f"global_batch_size={batch}", f"log_every={window}"]
     command = [sys.executable, "-m", "workloads", "train", str(experiment), "--output", str(folder), *overrides]
     subprocess.run([*command, "evaluation.uri=null"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shares = [record["train/checkpoint_share"] for record in records if "train/checkpoint_share" in record]
-    seconds = [160.0 / record["train/images_per_s"] for record in records if "train/images_per_s" in record]
+    seconds = [batch * window / record["train/images_per_s"] for record in records if "train/images_per_s" in record]
     held = [share * s for share, s in zip(shares, seconds, strict=True)]
     return {
-        # Three checkpoints over 150 steps; the one at the end holds nobody up.
+        # The checkpoint at the end, which is waited for, comes after the last record.
         "checkpoint_cost_share": round(sum(held) / sum(seconds), 5),
-        "checkpoint_holds_ms": round(1000 * sum(held) / 3, 1),
+        "checkpoint_holds_ms_worst": round(1000 * max(held), 1),
     }
 
 

@@ -4,6 +4,7 @@ import errno
 import shutil
 import subprocess
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,11 @@ Reference = dict[int, dict[int, float]]
 
 
 @pytest.fixture
-def bucket(s3_peer: S3Peer, images: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def bucket(s3_peer: S3Peer, images: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A bucket with the dataset under `train/`; its name."""
     for name, value in s3_peer.environment().items():
         monkeypatch.setenv(name, value)
-    name = "chaos-" + "".join(c if c.isalnum() else "-" for c in request.node.name.lower())[:40].strip("-")
+    name = f"chaos-{uuid.uuid4().hex}"
     client = object_store.client()
     client.create_bucket(Bucket=name)
     for path in sorted(Path(images).iterdir()):
@@ -158,11 +159,11 @@ def test_11_the_newest_checkpoint_is_cut_short(
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A file system of a few MiB; needs the right to mount."""
+    """A file system with room for three checkpoints; needs the right to mount."""
     folder = tmp_path / "small"
     folder.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=130m", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if done.returncode:
         pytest.skip(f"a full disk cannot be made here: {done.stderr.strip()}")

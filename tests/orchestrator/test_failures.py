@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from ray.exceptions import ActorDiedError, WorkerCrashedError
+from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 from ray.train import WorkerGroupError
 
 from orchestrator.failures import Decision, Failure, classify, decide, worker_cause
@@ -112,3 +112,10 @@ def test_the_step_of_a_failure_travels_with_the_exception():
     error.at_step = 12  # type: ignore[attr-defined]
     back = pickle.loads(pickle.dumps(error))
     assert classify(WorkerGroupError("failed", {0: back}), saved_step=0, at_s=0.0).step == 12
+
+
+def test_a_controller_that_could_not_begin_says_why() -> None:
+    cause = RayTaskError("TrainController.__init__", "Traceback\nOSError: bucket 'x': HTTP status 412", OSError("412"))
+    found = classify(ActorDiedError(cause), saved_step=0, at_s=0.0)
+    assert found.kind == "controller"
+    assert found.reason == "the process that controls the workers died (OSError: bucket 'x': HTTP status 412)"
