@@ -52,7 +52,11 @@ def _explained(debug: bool) -> Iterator[None]:
             raise
         names = {cls.__name__ for cls in type(error).__mro__}
         is_request = bool(names & {"ConfigError", "DataError", "PlanError"})
-        known = is_request or "TrainingError" in names or "TrackingError" in names or "EvaluationError" in names
+        known = (
+            is_request
+            or "TrainingError" in names
+            or bool(names & {"TrackingError", "EvaluationError", "CalibrationError"})
+        )
         text = " ".join(str(error).split())
         typer.echo(f"error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}", err=True)
         raise typer.Exit(2 if is_request else 1) from None
@@ -84,6 +88,36 @@ def train(
         watch.timings |= {"startup/interpreter_s": loading - began, "startup/imports_s": time.time() - loading}
         outcome = run_training(loaded, console=_console(), watch=watch, debug=debug)
         typer.echo(last_line(outcome.run_id, outcome.address, outcome.metrics))
+
+
+@app.command()
+def plan(
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    overrides: Overrides = None,
+    calibrate: Annotated[bool, typer.Option(help="Measure a few steps on this machine.")] = True,
+    price: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Price of one worker's hour, least and most.")
+    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Say what a run will read, write, hold and take, before anything is spent on it: `orchestrator plan NAME --price 0.4 1.2`.
+
+    The few steps that it measures are one worker's share, in a process of its own; nothing else is started.
+    """
+    with _explained(debug):
+        from pathlib import Path
+
+        from orchestrator.load import load_experiment
+        from orchestrator.plan import plan_run
+
+        loaded = load_experiment(experiment, overrides or [])
+        with _console().status("measuring a few steps" if calibrate else "counting"):
+            found = plan_run(loaded, calibrate=calibrate, price=price)
+        for what, how_much in found.lines():
+            typer.echo(f"{what:<13} {how_much}")
+        if json_file is not None:
+            Path(json_file).write_text(found.to_json() + "\n", encoding="utf-8")
 
 
 def process_start() -> float:

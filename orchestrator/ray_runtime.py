@@ -27,7 +27,9 @@ class RayRuntime:
     from a thread of their own, in order: every rank makes the same calls, and no step waits for them.
     """
 
-    def __init__(self, *, progress_key: str, checkpoints: CheckpointStore, patience_s: float = 300.0) -> None:
+    def __init__(
+        self, *, progress_key: str, checkpoints: CheckpointStore, patience_s: float = 300.0, watch_preemption: bool
+    ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
@@ -41,7 +43,7 @@ class RayRuntime:
         self._patience_s = patience_s
         self._writer: CheckpointWriter | None = None
         self._restored_step: int | None = None
-        self._watch_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+        self._watch_preemption = watch_preemption
         self._preemption_known = False
         self._preemption_asked = float("-inf")
         self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
@@ -186,6 +188,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
             filesystem, f"{folder}/checkpoints", keep=job["keep_checkpoints"], best_metric=job["best_metric"]
         ),
         patience_s=job["patience_s"],
+        watch_preemption=job["watch_preemption"],
     )
     timings = {
         **job["timings"],

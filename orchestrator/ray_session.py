@@ -30,6 +30,7 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool) -> None:
         "RAY_worker_niceness": str(scaling.niceness),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process; `PreemptionThread` does its work
     }
     import ray
 
@@ -39,7 +40,6 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool) -> None:
     if not on_cluster():
         settings |= {
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "RAY_TRAIN_METRICS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0",
             **job_environment(experiment, uri),

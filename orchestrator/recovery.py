@@ -6,12 +6,18 @@ so it takes its word from the same decisions as the driver, over the same histor
 
 import contextlib
 import dataclasses
+import socket
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 
 from orchestrator.failures import Decision, Failure, classify, decide
 from orchestrator.journal import Journal, JournalReader
@@ -82,6 +88,28 @@ class ControllerPolicy(FailurePolicy):
         return FailureDecision.RETRY
 
 
+class PreemptionThread(PreemptionCallback):
+    """Looks for nodes about to be taken on a thread of the controller: Ray's own takes a process, started beside the
+    workers after every fault, just when they need the cores."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Watch the nodes of the new workers."""
+        self._stop_watcher()
+        ranks: dict[str, list[int]] = {}
+        actors: dict[int, Any] = {}
+        for worker in worker_group.get_workers():
+            rank = worker.distributed_context.world_rank
+            ranks.setdefault(worker.metadata.node_id, []).append(rank)
+            actors[rank] = worker.actor
+        watcher = PreemptionWatcher(ranks, self._poll_interval_s, actors)
+        self._watcher: Any = watcher
+
+    def _stop_watcher(self) -> None:
+        if self._watcher is not None:
+            self._watcher._stop_event.set()
+            self._watcher = None
+
+
 class EmbeddedScaling(FixedScalingPolicy):
     """A fixed number of workers on a Ray that cannot grow: asks no autoscaler, whose coordinator would be one more process."""
 
@@ -90,3 +118,27 @@ class EmbeddedScaling(FixedScalingPolicy):
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+class LiveNodesScaling(ElasticScalingPolicy):
+    """Counts only nodes that answer. Ray takes a dead node for dead after some 15 s, and its own count of what it may use
+    is up to 20 s old; asking a dead node for a worker costs `start_timeout_s` and another controller on top."""
+
+    def _get_reserved_resources(self) -> Any:
+        parent: Any = super()
+        reserved = parent._get_reserved_resources()
+        if reserved is None:
+            return None
+        known = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in reserved]
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            answers = pool.map(_answers, known)
+            return {node["NodeID"]: reserved[node["NodeID"]] for node, ok in zip(known, answers, strict=True) if ok}
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether somebody listens where the node's raylet should."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=2.0).close()
+    except OSError:
+        return False
+    return True

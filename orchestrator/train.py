@@ -299,7 +299,7 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
 
     from orchestrator.journal_callback import JournalCallback
     from orchestrator.ray_runtime import train_worker
-    from orchestrator.recovery import ControllerPolicy, EmbeddedScaling
+    from orchestrator.recovery import ControllerPolicy, EmbeddedScaling, LiveNodesScaling, PreemptionThread
 
     api: Any = ray.train  # its annotations describe Train V1
     worker: Any = train_worker
@@ -316,8 +316,10 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
 
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             parts["failure_policy"] = ControllerPolicy(self.run_config.failure_config, attempts)
-            if not (on_cluster() or session.experiment.scaling.is_elastic):
-                scaling_config: Any = self.scaling_config
+            scaling_config: Any = self.scaling_config
+            if session.experiment.scaling.is_elastic:
+                parts["scaling_policy"] = LiveNodesScaling(scaling_config)
+            elif not on_cluster():
                 parts["scaling_policy"] = EmbeddedScaling(scaling_config)
             parent: Any = super()
             return parent._initialize_and_run_controller(**parts)
@@ -338,7 +340,7 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
             name=run.name,
             storage_path=run.storage_path,
             storage_filesystem=run.filesystem,
-            callbacks=[JournalCallback(str(session.journal))],
+            callbacks=[JournalCallback(str(session.journal)), *([PreemptionThread()] if on_cluster() else [])],
         ),
     )
 
@@ -354,6 +356,7 @@ def _job(session: _Session) -> dict[str, Any]:
         "keep_checkpoints": session.experiment.storage.keep_checkpoints,
         "best_metric": session.experiment.storage.best_metric,
         "patience_s": session.experiment.failure.patience_s,
+        "watch_preemption": on_cluster(),
         "began": session.watch.began,
         "timings": session.watch.timings,
         "submitted": time.time(),

@@ -3,12 +3,14 @@
     python tests/benchmarks/recovery.py --json recovery.json [--repetitions 3] [--dataset DATASET]
 
 Faults on a real cluster of two nodes on this machine, with the chaos suite's tiny run; seconds are from the kill to the
-end of the first step afterwards, by the workers' clocks, medians over the repetitions. The cost of checkpoints is the share
-of the training time for which they held the steps up, counted inside a run of a ResNet-18 with a checkpoint every 50 steps.
+end of the first step afterwards, by the workers' clocks, medians over the repetitions; beside them what Ray Train alone takes.
+The cost of checkpoints is the share of the training time for which they held the steps up, counted inside a run of a
+ResNet-18 with a checkpoint every 50 steps.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -53,6 +55,9 @@ def main() -> None:
             "node_kill_next_step_s": (lose_and_replace, ("scaling.placement=STRICT_SPREAD",)),
             "shrink_next_step_s": (Nodes.kill_other, ELASTIC),
         }
+        alone = [ray_alone(Path(scratch, f"alone-{i}")) for i in range(options.repetitions)]
+        result["ray_alone_worker_kill_next_step_s"] = round(statistics.median(alone), 2)
+        print("ray alone", [round(s, 2) for s in alone], file=sys.stderr)
         for name, (hurt, overrides) in faults.items():
             found = [recover(Path(scratch, f"{name}-{i}"), images, hurt, overrides) for i in range(options.repetitions)]
             result[name] = round(statistics.median(one["next_step_s"] for one in found), 2)
@@ -86,6 +91,57 @@ def recover(folder: Path, images: str, hurt: Callable[[Nodes], None], overrides:
         return {**next_step(driver, killed_ms), **losses_of_data(folder)}
     finally:
         nodes.close()
+
+
+RAY_ALONE = """
+import json, sys, time
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, report
+from ray.train.torch import TorchTrainer
+
+def loop(config):
+    import torch
+    import torch.distributed as dist
+    for _ in range(config["steps"]):
+        value = torch.ones(())
+        dist.all_reduce(value)
+        time.sleep(0.2)
+        with open(config["log"], "a") as log:
+            log.write(f"{time.time()}\\n")
+        report({"value": float(value)})
+
+TorchTrainer(
+    loop,
+    train_loop_config={"steps": 40, "log": sys.argv[1]},
+    scaling_config=ScalingConfig(num_workers=2, placement_strategy="SPREAD"),
+    run_config=RunConfig(storage_path=sys.argv[2], failure_config=FailureConfig(max_failures=1)),
+).fit()
+"""
+
+
+def ray_alone(folder: Path) -> float:
+    """The floor: seconds from a worker's kill to the next step of Ray Train itself, with a step that only adds two numbers."""
+    folder.mkdir()
+    log = folder / "steps"
+    log.touch()
+    nodes = Nodes()
+    try:
+        environment = {**os.environ, "RAY_ADDRESS": nodes.address, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+        command = [sys.executable, "-c", RAY_ALONE, str(log), str(folder / "storage")]
+        with (folder / "driver.log").open("wb") as output:
+            driver = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        while len(log.read_text().splitlines()) < 12:
+            if driver.poll() is not None:
+                raise RuntimeError((folder / "driver.log").read_text()[-2000:])
+            time.sleep(0.02)
+        killed = time.time()
+        train_workers()[0].kill()
+        if driver.wait() != 0:
+            raise RuntimeError((folder / "driver.log").read_text()[-2000:])
+    finally:
+        nodes.close()
+    # What the other worker wrote before it noticed comes within moments of the kill.
+    return next(float(line) for line in log.read_text().splitlines() if float(line) > killed + 2.0) - killed
 
 
 def next_step(driver: Driver, killed_ms: float) -> dict[str, float]:
