@@ -55,7 +55,7 @@ def _explained(debug: bool) -> Iterator[None]:
         known = (
             is_request
             or "TrainingError" in names
-            or bool(names & {"TrackingError", "EvaluationError", "CalibrationError"})
+            or bool(names & {"TrackingError", "EvaluationError", "CalibrationError", "SweepError", "ComparisonError"})
         )
         text = " ".join(str(error).split())
         typer.echo(f"error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}", err=True)
@@ -118,6 +118,30 @@ def plan(
             typer.echo(f"{what:<13} {how_much}")
         if json_file is not None:
             Path(json_file).write_text(found.to_json() + "\n", encoding="utf-8")
+
+
+@app.command()
+def sweep(
+    experiment: Annotated[
+        str, typer.Argument(help="Name of an experiment with a sweep section, or path of its YAML file.")
+    ],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep whose driver ended.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Search a space of dotted keys, rank the trials by the frozen evaluation, compare the winner with the start.
+
+    `orchestrator sweep NAME sweep.trials=20 sweep.space.objective.temperature='{kind: loguniform, low: 0.03, high: 0.3}'`
+    """
+    with _explained(debug):
+        from orchestrator.load import load_sweep
+
+        loaded = load_sweep(experiment, overrides or [])
+        from orchestrator.sweep import show_sweep
+        from orchestrator.sweep import sweep as run_sweep
+
+        console = _console()
+        show_sweep(run_sweep(loaded, console=console, resume=resume, debug=debug), console=console)
 
 
 def process_start() -> float:

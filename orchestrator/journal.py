@@ -90,10 +90,9 @@ class JournalArchive:
         self._thread.join(30.0)
 
     def _restore(self) -> None:
-        selector = arrow_fs.FileSelector(self._folder, allow_not_found=True)
-        names = sorted(info.path for info in self._filesystem.get_file_info(selector) if info.path.endswith(".jsonl"))
-        kept = b"".join(read_bytes(self._filesystem, name) for name in names)
-        self._segments, self._offset = len(names), len(kept)
+        segments = read_segments(self._filesystem, self._folder)
+        kept = b"".join(segments)
+        self._segments, self._offset = len(segments), len(kept)
         here = self._path.read_bytes() if self._path.is_file() else b""
         if not here.startswith(kept):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +125,25 @@ class JournalArchive:
                 return
 
 
+def read_segments(filesystem: arrow_fs.FileSystem, folder: str) -> list[bytes]:
+    """What a `JournalArchive` keeps in `folder`, in order."""
+    selector = arrow_fs.FileSelector(folder, allow_not_found=True)
+    names = sorted(info.path for info in filesystem.get_file_info(selector) if info.path.endswith(".jsonl"))
+    return [read_bytes(filesystem, name) for name in names]
+
+
+def parse_journal(text: bytes, *, source: str) -> list[Record]:
+    """The records of whole lines; a line that a killed process left half-written is skipped."""
+    records = []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if line.strip():
+                logger.warning("journal %s: skipped a torn line of %d bytes", source, len(line))
+    return records
+
+
 class JournalReader:
     """Reads complete lines from where it stopped last time."""
 
@@ -142,14 +160,7 @@ class JournalReader:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        records = []
-        for line in whole.splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                if line.strip():
-                    logger.warning("journal %s: skipped a torn line of %d bytes", self.path.name, len(line))
-        return records
+        return parse_journal(whole, source=self.path.name)
 
 
 class JournalDrain:

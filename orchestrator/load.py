@@ -4,12 +4,16 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
-    from orchestrator.spec import TrainExperiment
+    from orchestrator.spec import SweepExperiment, TrainExperiment
+
+E = TypeVar("E", bound="TrainExperiment")
+
+_PATHS = ("uri", "path", "init_from", "cache_dir", "ledger", "selection_uri")  # keys that may name a local file
 
 EXPERIMENTS = Path(__file__).with_name("experiments")
 
@@ -55,15 +59,42 @@ def load_experiment(name: str, arguments: Sequence[str] = ()) -> "TrainExperimen
         ConfigError: one sentence with the dotted key and how to mend it.
     """
     overrides = parse_overrides(arguments)
-    data = apply_overrides(read_yaml(find_experiment(name)), overrides)
+    data = {key: value for key, value in read_yaml(find_experiment(name)).items() if key != "sweep"}
+    data = apply_overrides(data, overrides)
     from orchestrator.spec import TrainExperiment  # late: it imports torch, a wrong name should not wait for that
 
     return absolute_paths(build(TrainExperiment, data))
 
 
-def absolute_paths(experiment: "TrainExperiment") -> "TrainExperiment":
+def load_sweep(name: str, arguments: Sequence[str] = ()) -> "SweepExperiment":
+    """As `load_experiment`, with the `sweep` section.
+
+    Raises:
+        ConfigError: one sentence with the dotted key and how to mend it.
+    """
+    from orchestrator.search_space import override_space, take_dotted
+
+    in_space, arguments = take_dotted(arguments, "sweep.space")
+    in_trial, arguments = take_dotted(arguments, "sweep.trial")
+    data = read_yaml(find_experiment(name))
+    section = dict(data.pop("sweep", None) or {})
+    section["space"] = override_space(section.get("space") or {}, parse_overrides(in_space))
+    section["trial"] = {**(section.get("trial") or {}), **parse_overrides(in_trial)}
+    if not section["space"]:
+        raise ConfigError(
+            f"sweep.space: {name} searches nothing; say what, as in "
+            "sweep.space.objective.temperature='{kind: loguniform, low: 0.03, high: 0.3}'"
+        )
+    data = apply_overrides({**data, "sweep": section}, parse_overrides(arguments))
+    from orchestrator.spec import SweepExperiment
+
+    return absolute_paths(build(SweepExperiment, data))
+
+
+def absolute_paths(experiment: "E") -> "E":
     """The experiment with every key that names a local file made absolute."""
-    return _absolute(experiment)
+    made: E = _absolute(experiment)
+    return made
 
 
 def _absolute(block: Any) -> Any:
@@ -72,7 +103,7 @@ def _absolute(block: Any) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(block):
         value = getattr(block, field.name)
-        if field.name in ("uri", "path", "init_from", "cache_dir", "ledger") and isinstance(value, str):
+        if field.name in _PATHS and isinstance(value, str):
             changes[field.name] = absolute_uri(value)
         elif dataclasses.is_dataclass(value):
             changes[field.name] = _absolute(value)

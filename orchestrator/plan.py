@@ -156,7 +156,7 @@ def _evaluation_steps(experiment: TrainExperiment) -> set[int]:
     if experiment.evaluation.uri is None:
         return set()
     every = experiment.evaluation.every_steps or experiment.steps
-    return {0, *range(every, experiment.steps, every), experiment.steps}
+    return {*range(0 if experiment.evaluation.at_start else every, experiment.steps, every), experiment.steps}
 
 
 def _checkpoint_steps(experiment: TrainExperiment, steps_per_epoch: int) -> set[int]:

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.fs as arrow_fs
 
 from orchestrator.locks import hold
-from orchestrator.spec import TrainExperiment
+from orchestrator.spec import SweepExperiment, TrainExperiment
 from workloads.config import ConfigError, config_hash, flatten
-from workloads.data.manifest import DataError, resolve_uri
+from workloads.data.manifest import DataError, open_dataset, resolve_uri
 
 _RECORD, _FINISHED = "run.json", "finished.json"
 
@@ -24,6 +24,7 @@ class Run:
     name: str
     claim: str  # made once, when the name is first used; the tracking server's run carries it as a tag
     config_sha256: str
+    manifest_sha256: str  # of the dataset it was begun on
     filesystem: arrow_fs.FileSystem
     storage_path: str  # on `filesystem`; the run's folder is <storage_path>/<name>
 
@@ -95,7 +96,47 @@ def claim_run(experiment: TrainExperiment, *, manifest_sha256: str) -> Run:
             f"data.uri: run {name!r} was begun on another dataset (manifest {stored['manifest_sha256'][:12]}…, now "
             f"{manifest_sha256[:12]}…); give it the old data, or begin a run of another name with init_from=CHECKPOINT"
         )
-    return Run(name=name, claim=stored["claim"], config_sha256=digest, filesystem=filesystem, storage_path=path)
+    return _run(name, stored, filesystem, path)
+
+
+def claim_sweep(experiment: SweepExperiment, name: str, *, identity: str, resume: bool) -> Run:
+    """Take a sweep's name in the storage, or, with `resume`, take it up again if the same request holds it.
+
+    Raises:
+        ConfigError: it was begun before and is not to be resumed, or the other way round, or by another request.
+    """
+    filesystem, path = open_storage(experiment.storage.path)
+    stored = _read(filesystem, f"{path}/{name}/{_RECORD}")
+    fresh = {**flatten(experiment.science), **flatten(experiment.sweep)}
+    if stored is None:
+        if resume:
+            raise ConfigError(f"--resume: there is no sweep {name!r} in {experiment.storage.path}")
+        stored = {
+            "claim": uuid.uuid4().hex,
+            "config_sha256": identity,
+            "manifest_sha256": open_dataset(experiment.data.uri).manifest.sha256,
+            "config": fresh,
+        }
+        _write(filesystem, f"{path}/{name}", stored, uri=experiment.storage.path)
+    elif stored["config_sha256"] != identity:
+        changed = ", ".join(_differing_keys(stored["config"], fresh)) or "the kind of what was begun"
+        raise ConfigError(f"tracking.run_name: {name!r} was begun with another request (differs in {changed})")
+    elif not resume:
+        raise ConfigError(f"sweep {name!r} was begun before: --resume continues it, tracking.run_name=… begins another")
+    return _run(name, stored, filesystem, path)
+
+
+def begun_run(experiment: TrainExperiment) -> Run | None:
+    """The run of the experiment's name as it stands in the storage, or None."""
+    filesystem, path = open_storage(experiment.storage.path)
+    name = run_name(experiment)
+    stored = _read(filesystem, f"{path}/{name}/{_RECORD}")
+    return None if stored is None else _run(name, stored, filesystem, path)
+
+
+def _run(name: str, stored: dict[str, Any], filesystem: arrow_fs.FileSystem, path: str) -> Run:
+    kept = {key: stored[key] for key in ("claim", "config_sha256", "manifest_sha256")}
+    return Run(name=name, filesystem=filesystem, storage_path=path, **kept)
 
 
 def finished_run(run: Run) -> str | None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow.fs as arrow_fs
 
 from orchestrator.journal import Record
 from orchestrator.runs import Run
-from orchestrator.spec import TrainExperiment
+from orchestrator.spec import SweepExperiment, TrainExperiment
 from workloads.config import ConfigError, flatten, to_yaml
 
 logger = logging.getLogger(__name__)
@@ -68,18 +69,22 @@ def artifact_root(experiment: TrainExperiment) -> str | None:
     return Path(experiment.storage.path, "mlartifacts").as_uri() if is_local else None
 
 
-def run_header(experiment: TrainExperiment, run: Run, *, manifests: Mapping[str, tuple[str, str]]) -> RunHeader:
+def run_header(
+    experiment: TrainExperiment, run: Run, *, manifests: Mapping[str, tuple[str, str]], tags: Mapping[str, str]
+) -> RunHeader:
     """Parameters, tags, dataset inputs and config of `run`.
 
     Args:
         manifests: context (`training`, `evaluation`) → (data URI, manifest SHA-256).
+        tags: more tags.
     """
     science = flatten(experiment.science)
     scaling = {f"scaling.{key}": value for key, value in flatten(experiment.scaling).items()}
     tags = {
         CLAIM_TAG: run.claim,
         "config.sha256": run.config_sha256,
-        "data.manifest_sha256": manifests["training"][1],
+        "data.manifest_sha256": run.manifest_sha256,
+        **tags,
         "mlflow.source.name": f"orchestrator train {experiment.name}",
         "mlflow.source.type": "JOB",
         **git_tags(),
@@ -94,6 +99,29 @@ def run_header(experiment: TrainExperiment, run: Run, *, manifests: Mapping[str,
             (context, dataset_label(uri), digest[:36], "s3" if uri.startswith("s3://") else "local")
             for context, (uri, digest) in manifests.items()
         ],
+        config_yaml=without_secrets(to_yaml(experiment)),
+    )
+
+
+def sweep_header(experiment: SweepExperiment, run: Run) -> RunHeader:
+    """Parameters, tags and config of a sweep's parent run."""
+    values = {**flatten(experiment.science), **{f"sweep.{key}": v for key, v in flatten(experiment.sweep).items()}}
+    return RunHeader(
+        name=run.name,
+        claim=run.claim,
+        experiment=experiment.tracking.experiment,
+        params={key: _presentable(value)[:_LONGEST_PARAM] for key, value in values.items()},
+        tags={
+            CLAIM_TAG: run.claim,
+            "config.sha256": run.config_sha256,
+            "data.manifest_sha256": run.manifest_sha256,
+            "sweep.name": run.name,
+            "sweep.stage": "sweep",
+            "mlflow.source.name": f"orchestrator sweep {experiment.name}",
+            "mlflow.source.type": "JOB",
+            **git_tags(),
+        },
+        datasets=[],
         config_yaml=without_secrets(to_yaml(experiment)),
     )
 
@@ -300,6 +328,43 @@ class MlflowSink:
         from orchestrator.model import log_checkpoint
 
         return log_checkpoint(checkpoint, self._filesystem, run_id=self.open(), uri=self._uri, step=step)
+
+    def log_folder(self, folder: Path, place: str) -> None:
+        """Keep the files of a local folder among the run's artifacts, in `place`."""
+        self._client.log_artifacts(self.open(), str(folder), place)
+
+    def log_figures(self, figures: Mapping[str, float]) -> None:
+        """Log metrics that have no step, in place of earlier ones."""
+        from mlflow.entities import Metric
+
+        stamp = int(time.time() * 1000)
+        self._client.log_batch(self.open(), metrics=[Metric(k, float(v), stamp, 0) for k, v in figures.items()])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        for key, value in tags.items():
+            self._client.set_tag(self.open(), key, value)
+
+    def children(self) -> list[Any]:
+        """The runs that have this one as their parent."""
+        query = f"tags.`mlflow.parentRunId` = '{self.open()}'"
+        return list(self._client.search_runs([self.experiment_id], query, max_results=5000))
+
+    def end_children(self, *, known: Sequence[str]) -> None:
+        """Mark children that are still running as KILLED, unless their name is `known`."""
+        for child in self.children():
+            if child.info.status == "RUNNING" and child.info.run_name not in known:
+                self._client.set_terminated(child.info.run_id, status="KILLED")
+
+    def record_child(self, *, name: str, params: Mapping[str, str], tags: Mapping[str, str], status: str) -> None:
+        """A child run that has nothing but this, unless there is one of this name already."""
+        from mlflow.entities import Param
+
+        if any(child.info.run_name == name for child in self.children()):
+            return
+        run = self._client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+        self._client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
+        self._client.set_terminated(run.info.run_id, status=status)
 
     def close(self, status: str) -> None:
         """End the run: FINISHED, FAILED or KILLED."""

@@ -1,5 +1,6 @@
 """`orchestrator train`: check the request, start Ray, fit, keep the record, continue what failed in passing."""
 
+import asyncio
 import contextlib
 import logging
 import signal
@@ -7,16 +8,24 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.failures import sentence, worker_cause
-from orchestrator.journal import Journal, JournalArchive, JournalDrain
+from orchestrator.journal import (
+    Journal,
+    JournalArchive,
+    JournalDrain,
+    JournalReader,
+    Record,
+    parse_journal,
+    read_segments,
+)
 from orchestrator.ray_session import on_cluster, start_ray
-from orchestrator.runs import Run, claim_run, finished_run, hold_run, mark_finished
+from orchestrator.runs import Run, begun_run, claim_run, finished_run, hold_run, mark_finished
 from orchestrator.spec import TrainExperiment
 from orchestrator.track import (
     MlflowSink,
@@ -80,6 +89,7 @@ class _Session:
     console: Any
     watch: Stopwatch
     debug: bool
+    callbacks: Sequence[Any]  # of Ray Train, beside our own
 
     @property
     def checkpoints(self) -> CheckpointStore:
@@ -91,6 +101,11 @@ class _Session:
         with contextlib.suppress(OSError):
             return max(self.checkpoints.steps(), default=0)
         return 0
+
+    def best_checkpoint(self) -> tuple[int, str]:
+        """Step and place of the best checkpoint, or of the newest where none was measured."""
+        newest = self.saved_step()
+        return self.checkpoints.best() or (newest, self.checkpoints.path_of(newest))
 
     def attempts(self, command: str) -> "Attempts":
         """What `command` tries, for the driver and for Ray Train's controller."""
@@ -112,8 +127,20 @@ class _Session:
         return f"{self.experiment.storage.path.rstrip('/')}/{self.run.name}"
 
 
-def train(experiment: TrainExperiment, *, console: Any, watch: Stopwatch, debug: bool = False) -> TrainOutcome:
+def train(
+    experiment: TrainExperiment,
+    *,
+    console: Any,
+    watch: Stopwatch,
+    debug: bool = False,
+    tags: Mapping[str, str] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> TrainOutcome:
     """Run `experiment` to its end.
+
+    Args:
+        tags: of the tracked run, beside its own.
+        callbacks: Ray Train's, called in the controller at every report.
 
     Raises:
         ConfigError, DataError, PlanError: the request cannot work; nothing was started.
@@ -128,7 +155,7 @@ def train(experiment: TrainExperiment, *, console: Any, watch: Stopwatch, debug:
         journal = stack.enter_context(_journal_of(experiment, run))
         quiet_mlflow()
         sink = MlflowSink(
-            run_header(experiment, run, manifests=manifests),
+            run_header(experiment, run, manifests=manifests, tags=tags or {}),
             uri=uri,
             artifact_root=artifact_root(experiment),
             filesystem=run.filesystem,
@@ -155,15 +182,63 @@ def train(experiment: TrainExperiment, *, console: Any, watch: Stopwatch, debug:
                 console=console,
                 watch=watch,
                 debug=debug,
+                callbacks=callbacks,
             )
         )
+
+
+def recorded(experiment: TrainExperiment) -> list[Record]:
+    """The journal of a run as far as its storage has it; empty if the run never began."""
+    run = begun_run(experiment)
+    if run is None:
+        return []
+    if _is_local(experiment):
+        return JournalReader(_local_journal(run)).read()
+    return parse_journal(b"".join(read_segments(run.filesystem, f"{run.folder}/journal")), source=run.name)
+
+
+def _is_local(experiment: TrainExperiment) -> bool:
+    return "://" not in experiment.storage.path
+
+
+def _local_journal(run: Run) -> Path:
+    return Path(run.folder, "journal.jsonl")
+
+
+def settle(experiment: TrainExperiment, *, status: str, tags: Mapping[str, str]) -> str | None:
+    """End the record of a run that nobody drives any more: deliver the rest of its journal, set `tags` and `status`.
+
+    Returns:
+        The tracked run's id; None if the run never began, or has ended by itself.
+
+    Raises:
+        ConfigError: somebody drives it.
+    """
+    with hold_run(experiment):
+        run = begun_run(experiment)
+        if run is None or finished_run(run):
+            return None
+        header = run_header(
+            experiment, run, manifests={"training": (experiment.data.uri, run.manifest_sha256)}, tags=tags
+        )
+        sink = MlflowSink(
+            header,
+            uri=tracking_uri(experiment),
+            artifact_root=artifact_root(experiment),
+            filesystem=run.filesystem,
+            run_folder=run.folder,
+        )
+        with _journal_of(experiment, run) as journal:
+            sink.write([*JournalReader(journal).read(), {"kind": "tags", "tags": dict(tags)}])
+        sink.close(status)
+        return sink.run_id
 
 
 @contextlib.contextmanager
 def _journal_of(experiment: TrainExperiment, run: Run) -> Iterator[Path]:
     """The run's journal on this machine: in the run's folder where that is local, else a copy that the storage follows."""
-    if "://" not in experiment.storage.path:
-        yield Path(run.folder, "journal.jsonl")
+    if _is_local(experiment):
+        yield _local_journal(run)
         return
     path = Path(tempfile.gettempdir(), f"orchestrator-{run.claim}", "journal.jsonl")
     try:
@@ -221,8 +296,8 @@ def _fit_and_record(session: _Session) -> TrainOutcome:
             f"of it ({drain.last_error}); give the same command again to deliver them"
         )
     if experiment.tracking.log_model:
-        step = session.saved_step()
-        sink.log_model(session.checkpoints.path_of(step), step=step)
+        step, place = session.best_checkpoint()
+        sink.log_model(place, step=step)
     sink.close("FINISHED")
     mark_finished(session.run, sink.open())
     return _outcome(session.run, sink, session.uri)
@@ -293,6 +368,15 @@ def _sigterm_stops(claim: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _run_controller_here(parts: Mapping[str, Any]) -> Any:
+    """Ray Train's controller in this process, which is a trial's: an actor more would cost a start and its imports."""
+    from ray.train.v2._internal.execution.controller import TrainController
+
+    controller = TrainController(**parts)
+    asyncio.run(controller.run())
+    return controller.get_result()
+
+
 def _trainer(session: _Session, attempts: "Attempts") -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -321,6 +405,8 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
                 parts["scaling_policy"] = LiveNodesScaling(scaling_config)
             elif not on_cluster():
                 parts["scaling_policy"] = EmbeddedScaling(scaling_config)
+            if ray.get_runtime_context().get_actor_id() is not None:
+                return _run_controller_here(parts)
             parent: Any = super()
             return parent._initialize_and_run_controller(**parts)
 
@@ -340,7 +426,11 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
             name=run.name,
             storage_path=run.storage_path,
             storage_filesystem=run.filesystem,
-            callbacks=[JournalCallback(str(session.journal)), *([PreemptionThread()] if on_cluster() else [])],
+            callbacks=[
+                JournalCallback(str(session.journal)),
+                *([PreemptionThread()] if on_cluster() else []),
+                *session.callbacks,
+            ],
         ),
     )
 

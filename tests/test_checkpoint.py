@@ -67,7 +67,7 @@ def test_the_newest_few_and_the_best_stay(tmp_path):
     for step, sga in ((1, 0.2), (2, 0.5), (3, 0.4), (4, None), (5, 0.5)):
         store.write(snapshot_of(step, **({"eval/sga": sga} if sga is not None else {})))
     assert store.steps() == [4, 5]
-    assert store.read_best().meta.step == 2  # of equals the earlier
+    assert store.best() == (2, f"{store.folder}/best/step_00000002")  # of equals the earlier
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["step_00000002"]
     assert not (tmp_path / "step_00000001").exists()
 

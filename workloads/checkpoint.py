@@ -175,12 +175,10 @@ class CheckpointStore:
             )
         return None
 
-    def read_best(self, *, device: torch.device | str = "cpu") -> Restored | None:
-        """The checkpoint with the highest `best_metric`, or None."""
+    def best(self) -> tuple[int, str] | None:
+        """Step and place of the checkpoint with the highest `best_metric`, or None."""
         steps = self._listed(f"{self.folder}/{_BEST}")
-        if not steps:
-            return None
-        return read_checkpoint(f"{self.folder}/{_BEST}/step_{steps[-1]:08d}", self.filesystem, device=device)
+        return (steps[-1], f"{self.folder}/{_BEST}/step_{steps[-1]:08d}") if steps else None
 
     def _begun(self) -> list[int]:
         """Steps that have anything of a checkpoint."""

@@ -182,10 +182,18 @@ def _blocks(annotation: Any) -> Iterator[type]:
             yield from _blocks(inner)
 
 
+def _mapped_blocks(annotation: Any) -> Iterator[type]:
+    """The config classes that are values of a field's mapping, as `dict[str, X | Y]`."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is dict:
+        yield from _blocks(typing.get_args(annotation)[1])
+
+
 def _union_tags(cls: type) -> Iterator[list[str]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        for block in _blocks(hints[field.name]):
+        for block in (*_blocks(hints[field.name]), *_mapped_blocks(hints[field.name])):
             yield list(typing.get_args(typing.get_type_hints(block).get("kind", None)))
             yield from _union_tags(block)
 
@@ -222,6 +230,8 @@ def to_dict(value: Any) -> Any:
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [to_dict(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
     return value
 
 

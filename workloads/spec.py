@@ -16,7 +16,7 @@ from workloads.models.backbone import BackboneConfig
 from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
 from workloads.optim import AdamWConfig, OptimizerConfig, ScheduleConfig
 
-ORCHESTRATOR_SECTIONS = ("scaling", "tracking", "storage", "failure")
+ORCHESTRATOR_SECTIONS = ("scaling", "tracking", "storage", "failure", "sweep")
 """Sections of an experiment file that say where it runs, not what; a run without Ray and MLflow skips them."""
 
 
@@ -27,7 +27,9 @@ class EvaluationConfig:
     uri: str | None = None
     """Dataset of held-out images, a folder or s3:// address with a manifest.json; null: no evaluation."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps between evaluations during training; null: at the start and at the end only."""
+    """Steps between evaluations during training; null: none but at the start and at the end."""
+    at_start: bool = True
+    """Whether the untrained model is measured, at step 0."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Images per evaluation batch of one worker; changes speed and memory, not figures."""
     limit: Annotated[int, Field(ge=1)] | None = None

@@ -122,7 +122,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None
     figures: dict[str, float] = {}
     try:
-        if step == 0 and evaluation is not None:
+        if step == 0 and evaluation is not None and settings.evaluation.at_start:
             figures = evaluation.run(objective, step=0, untrained=False)
         model.train()
         meter.restart() if restored is None else meter.resume(restored.state["window"])
