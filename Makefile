@@ -1,9 +1,9 @@
 # Targets: setup (the environment), demo (setup, then a few minutes' pretraining), test (what to run before every commit),
-# chaos (kills, cuts off and fills up what a run needs; CHAOS='chaos and short' is CI's form).
+# sweep-smoke OUT=DIR (a tiny sweep whose whole state lies under DIR), chaos (kills, cuts off and fills up what a run needs; CHAOS='chaos and short' is CI's form).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test chaos
+.PHONY: setup demo test sweep-smoke chaos
 setup: .venv/.installed
 
 # The stamp makes reruns instant; it is older than what it depends on when a pin or a dependency changed.
@@ -21,6 +21,10 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+OUT ?= sweep-output
+sweep-smoke: setup
+	$(BIN)/orchestrator demo --sweep --output "$(OUT)"
 
 CHAOS ?= chaos
 chaos: setup

@@ -13,6 +13,17 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and describe datasets of Parquet shards.")
 app.add_typer(data_app, name="data")
 
+_EXPLAINED = {
+    "CalibrationError",
+    "ComparisonError",
+    "EvaluationError",
+    "PromotionRefusedError",
+    "SweepError",
+    "TrackingError",
+    "TrainingError",
+}
+"""Errors whose message is a sentence for people."""
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys to override.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the workers' own output.")]
 
@@ -52,11 +63,7 @@ def _explained(debug: bool) -> Iterator[None]:
             raise
         names = {cls.__name__ for cls in type(error).__mro__}
         is_request = bool(names & {"ConfigError", "DataError", "PlanError"})
-        known = (
-            is_request
-            or "TrainingError" in names
-            or bool(names & {"TrackingError", "EvaluationError", "CalibrationError", "SweepError", "ComparisonError"})
-        )
+        known = is_request or bool(names & _EXPLAINED)
         text = " ".join(str(error).split())
         typer.echo(f"error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}", err=True)
         raise typer.Exit(2 if is_request else 1) from None
@@ -144,6 +151,46 @@ def sweep(
         show_sweep(run_sweep(loaded, console=console, resume=resume, debug=debug), console=console)
 
 
+@app.command()
+def promote(
+    target: Annotated[str | None, typer.Argument(help="A run or a sweep: MLflow run id, or name.")] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option(help="A condition, as 'eval/sga >= 0.45'; may be given again.")
+    ] = None,
+    alias: Annotated[str, typer.Option(help="Alias of the registered model.")] = "champion",
+    model: Annotated[str | None, typer.Option(help="Name in the registry; default: the experiment's.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote although a gate fails or nothing was gained.")
+    ] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Move the alias back to where it was.")] = False,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Register a run's best model, or a sweep's winner, and move an alias to it, if it deserves it.
+
+    It must pass every gate, and find more than the model that has the alias now, on the same crops, beyond the interval.
+    """
+    with _explained(debug):
+        from orchestrator.promote import parse_gate, roll_back
+        from orchestrator.promote import promote as promote_run
+        from workloads.config import ConfigError
+
+        if rollback:
+            if model is None:
+                raise ConfigError("--model: needed, to know whose alias moves back")
+            gone, back = roll_back(model, alias=alias, tracking_uri=tracking_uri)
+            typer.echo(f"models:/{model}@{alias} is version {back} again, after version {gone}")
+            return
+        if target is None:
+            raise ConfigError("give a run or a sweep to promote, or --rollback --model NAME")
+        gates = [parse_gate(text) for text in gate or []]
+        done = promote_run(target, gates=gates, alias=alias, model=model, force=force, tracking_uri=tracking_uri)
+        for line in done.lines():
+            typer.echo(line)
+
+
 def process_start() -> float:
     """When this process began, seconds since the epoch: what a user calls the moment of the command."""
     import psutil
@@ -208,13 +255,17 @@ def experiments(
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the scenes, shards and runs.")] = "demo-output",
     overrides: Overrides = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Instead of one run, a sweep of seconds-long trials.")] = False,
     debug: Debug = False,
 ) -> None:
     """Draw scenes, shard them, pretrain a few minutes on this machine, and evaluate."""
     began = process_start()
     with _explained(debug):
-        from orchestrator.demo import run_demo
+        from orchestrator.demo import run_demo, run_sweep_demo
 
+        if sweep:
+            run_sweep_demo(output, overrides or [], console=_console(), debug=debug)
+            return
         run_demo(output, overrides or [], began=began, console=_console(), debug=debug)
 
 

@@ -11,6 +11,8 @@ from orchestrator.train import Stopwatch, TrainOutcome, train
 
 TRAIN_SCENES, HELDOUT_SCENES = 600, 128
 _COUNTS: dict[Split, int] = {"train": TRAIN_SCENES, "heldout": HELDOUT_SCENES}
+_SWEEP_COUNTS: dict[Split, int] = {"train": 160, "heldout": 32}
+_SELECTED = 0.2  # of the sweep's training scenes, by which trials are ranked
 
 
 def run_demo(output: str, overrides: Sequence[str], *, began: float, console: Any, debug: bool) -> None:
@@ -38,21 +40,49 @@ def run_demo(output: str, overrides: Sequence[str], *, began: float, console: An
     console.print(f"run      {outcome.run_id} ({outcome.run.name})", highlight=False, soft_wrap=True)
 
 
-def _make_dataset(root: Path, split: Split, count: int, *, console: Any) -> None:
+def run_sweep_demo(output: str, overrides: Sequence[str], *, console: Any, debug: bool) -> None:
+    """Draw fewer scenes, sweep three knobs over a handful of trials of seconds each; all of its state lies below `output`.
+
+    Raises:
+        ConfigError: an override is wrong.
+        SweepError: no trial ended well.
+    """
+    from orchestrator.load import load_sweep
+    from orchestrator.runs import open_storage
+    from orchestrator.sweep import show_sweep, sweep, sweep_name
+
+    root = Path(output).absolute()
+    given = {
+        "data.uri": root / "train" / "train",
+        "sweep.selection_uri": root / "train" / "val",  # scenes like the training ones, none of which is trained on
+        "evaluation.uri": root / "heldout",
+        "storage.path": root,
+        "tracking.uri": f"sqlite:///{root}/mlflow.db",
+    }
+    taken = {argument.partition("=")[0] for argument in overrides}
+    experiment = load_sweep("demo_sweep", [f"{k}={v}" for k, v in given.items() if k not in taken] + list(overrides))
+    for split, count in _SWEEP_COUNTS.items():
+        _make_dataset(root, split, count, console=console, val_share=_SELECTED if split == "train" else 0.0)
+    filesystem, path = open_storage(experiment.storage.path)
+    begun = filesystem.get_file_info(f"{path}/{sweep_name(experiment)}/run.json").is_file
+    show_sweep(sweep(experiment, console=console, resume=begun, debug=debug), console=console)
+
+
+def _make_dataset(root: Path, split: Split, count: int, *, console: Any, val_share: float = 0.0) -> None:
     """Draw and shard one split; scenes are a function of the code, so a finished dataset is taken as it is."""
-    from orchestrator.ingest import build_dataset
+    from orchestrator.ingest import build_parts
     from workloads.data.manifest import MANIFEST_NAME
     from workloads.data.shards import BuildConfig
     from workloads.data.sources import FolderSourceConfig
 
-    if (root / split / MANIFEST_NAME).is_file():
+    if (root / split / ("train" if val_share else "") / MANIFEST_NAME).is_file():
         console.print(f"{split}: {root / split} is there already", highlight=False, soft_wrap=True)
         return
     write_scenes(root / "images" / split, split=split, count=count)
     source = FolderSourceConfig(inputs=(str(root / "images" / split),))
-    manifest = build_dataset(BuildConfig(source=source, output=str(root / split)))
-    line = f"{split}: {manifest.num_images} scenes in {len(manifest.shards)} shards, manifest {manifest.sha256[:12]}…"
-    console.print(line, highlight=False)
+    for part, made in build_parts(BuildConfig(source=source, output=str(root / split), val_share=val_share)).items():
+        line = f"{made.num_images} scenes in {len(made.shards)} shards, manifest {made.sha256[:12]}…"
+        console.print(f"{split}{f'/{part}' if part else ''}: {line}", highlight=False)
 
 
 def show_figures(metrics: Mapping[str, float], *, console: Any) -> None:

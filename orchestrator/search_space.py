@@ -40,8 +40,15 @@ class ChoiceConfig:
 
     def suggest(self, name: str, trial: Any) -> Any:
         """A value from an Optuna trial."""
-        # As JSON, because Optuna's categories are scalars.
-        return json.loads(trial.suggest_categorical(name, [json.dumps(value) for value in self.values]))
+        return self.decode(trial.suggest_categorical(name, [self.encode(value) for value in self.values]))
+
+    def encode(self, value: Any) -> str:
+        """What Optuna is told of a value: JSON, because its categories are scalars."""
+        return json.dumps(value)
+
+    def decode(self, told: str) -> Any:
+        """The value that Optuna was told of."""
+        return json.loads(told)
 
     def corners(self) -> tuple[Any, ...]:
         """Values that must all be valid for the domain to be."""
@@ -78,11 +85,19 @@ class UniformConfig:
 
     def draw(self, generator: np.random.Generator) -> float:
         """A value."""
-        return float(generator.uniform(self.low, self.high))
+        return _rounded(generator.uniform(self.low, self.high), self.low, self.high)
 
     def suggest(self, name: str, trial: Any) -> float:
         """A value from an Optuna trial."""
-        return float(trial.suggest_float(name, self.low, self.high))
+        return self.decode(trial.suggest_float(name, self.low, self.high))
+
+    def encode(self, value: float) -> float:
+        """What Optuna is told of a value."""
+        return value
+
+    def decode(self, told: float) -> float:
+        """The value that is meant by what Optuna suggests."""
+        return _rounded(told, self.low, self.high)
 
     def corners(self) -> tuple[Any, ...]:
         """Values that must all be valid for the domain to be."""
@@ -107,11 +122,11 @@ class LogUniformConfig(UniformConfig):
 
     def draw(self, generator: np.random.Generator) -> float:
         """A value."""
-        return math.exp(float(generator.uniform(math.log(self.low), math.log(self.high))))
+        return _rounded(math.exp(generator.uniform(math.log(self.low), math.log(self.high))), self.low, self.high)
 
     def suggest(self, name: str, trial: Any) -> float:
         """A value from an Optuna trial."""
-        return float(trial.suggest_float(name, self.low, self.high, log=True))
+        return self.decode(trial.suggest_float(name, self.low, self.high, log=True))
 
 
 @config
@@ -143,7 +158,15 @@ class IntConfig:
 
     def suggest(self, name: str, trial: Any) -> int:
         """A value from an Optuna trial."""
-        return int(trial.suggest_int(name, self.low, self.high, log=self.log))
+        return self.decode(trial.suggest_int(name, self.low, self.high, log=self.log))
+
+    def encode(self, value: int) -> int:
+        """What Optuna is told of a value."""
+        return value
+
+    def decode(self, told: int) -> int:
+        """The value that is meant by what Optuna suggests."""
+        return int(told)
 
     def corners(self) -> tuple[Any, ...]:
         """Values that must all be valid for the domain to be."""
@@ -162,6 +185,11 @@ DomainConfig = Annotated[
 def _check_order(low: float, high: float) -> None:
     if not low < high:
         raise ConfigError(f"low: must be below high, given {low} and {high}")
+
+
+def _rounded(value: float, low: float, high: float) -> float:
+    """Four digits, which people can read and type again."""
+    return min(high, max(low, float(f"{value:.4g}")))
 
 
 def _is_number(value: Any) -> bool:
@@ -193,18 +221,11 @@ class SearchSpace:
 
     def decode(self, suggested: Mapping[str, Any]) -> Point:
         """The point of what Optuna remembers of a trial."""
-        return {
-            key: json.loads(suggested[key]) if isinstance(domain, ChoiceConfig) else suggested[key]
-            for key, domain in self.domains.items()
-            if key in suggested
-        }
+        return {key: domain.decode(suggested[key]) for key, domain in self.domains.items() if key in suggested}
 
     def encode(self, point: Point) -> dict[str, Any]:
         """What Optuna is told of a point; the inverse of `decode`."""
-        return {
-            key: json.dumps(value) if isinstance(self.domains[key], ChoiceConfig) else value
-            for key, value in point.items()
-        }
+        return {key: self.domains[key].encode(value) for key, value in point.items()}
 
     def start(self) -> Point:
         """The experiment's own values of the swept keys."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.failures import sentence
+from orchestrator.journal import Record
 from orchestrator.leaderboard import Comparison, Trial, compare, leaderboard_rows, ranked
 from orchestrator.locks import hold
 from orchestrator.ray_session import start_ray
@@ -281,8 +282,6 @@ def trial_of(stage: Stage, point: Point, *, reason: str | None, rank_by: tuple[s
         return Trial(point=point, experiment=None, run_name="", evaluations={}, rank_by=rank_by, reason=str(error))
     records = recorded(experiment)
     measured = [r for r in records if r["kind"] == "metrics" and score_of(r["metrics"], rank_by) is not None]
-    stamps = [r["time_ms"] / 1000 for r in records if "time_ms" in r]
-    startup = {k: v for r in records for k, v in r.get("metrics", {}).items() if k.startswith("startup/")}
     run = begun_run(experiment)
     return Trial(
         point=point,
@@ -292,8 +291,22 @@ def trial_of(stage: Stage, point: Point, *, reason: str | None, rank_by: tuple[s
         rank_by=rank_by,
         reason=reason,
         ended=run is not None and finished_run(run) is not None,
-        seconds=max(stamps) - min(stamps) + startup.get("startup/total_s", 0.0) if stamps else 0.0,
+        seconds=_seconds(records),
     )
+
+
+def _seconds(records: Sequence[Record]) -> float:
+    """From the beginning of each attempt, which a record of tags marks, to its last record."""
+    total, began, last = 0.0, None, 0.0
+    for record in records:
+        if "time_ms" not in record:
+            continue
+        if record["kind"] == "tags":
+            total += last - began if began is not None else 0.0
+            began = last = record["time_ms"] / 1000
+        else:
+            last = max(last, record["time_ms"] / 1000)
+    return total + (last - began if began is not None else 0.0)
 
 
 def tune_trials(
@@ -400,11 +413,15 @@ def show_sweep(outcome: SweepOutcome, *, console: Any) -> None:
 
     rows = leaderboard_rows(outcome.trials)
     shown = Table(title=f"sweep {outcome.name}", title_justify="left")
-    for column in rows[0]:
-        shown.add_column(column)
+    columns = [column for column in rows[0] if column not in ("run", "reason")]
+    for column in columns:
+        shown.add_column(column.removeprefix("objective.").removeprefix("eval/").replace("photometric/sga", "photo"))
     for row in rows:
-        shown.add_row(*(_cell(value) for value in row.values()))
+        shown.add_row(*(_cell(row.get(column)) for column in columns))
     console.print(shown)
+    for row in rows:
+        if row["reason"]:
+            console.print(f"{row['place']} failed: {row['reason']}", highlight=False, soft_wrap=True)
     for line in outcome.comparison.lines() if outcome.comparison else ():
         console.print(line, highlight=False, soft_wrap=True)
     for what, value in (("report", outcome.folder), ("look", outcome.address), ("sweep", outcome.run_id)):
@@ -412,4 +429,4 @@ def show_sweep(outcome: SweepOutcome, *, console: Any) -> None:
 
 
 def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -129,8 +129,11 @@ class SweepRecord:
     def _winner(self, comparison: Comparison | None) -> dict[str, str]:
         if comparison is None:
             return {}
-        last = max(comparison.winner, key=lambda trial: trial.score or 0.0)
-        return {"sweep.winner_run": last.run_name, "sweep.better_than_start": str(comparison.better).lower()}
+        # The first seed, not the better one: that would be a choice by the held-out images.
+        return {
+            "sweep.winner_run": comparison.winner[0].run_name,
+            "sweep.better_than_start": str(comparison.better).lower(),
+        }
 
     def _best_yaml(self, best: Trial, comparison: Comparison | None) -> str:
         """The winner as a ready experiment: the sweep's own experiment with the winner's values, at full length."""

@@ -275,7 +275,8 @@ def _fit_and_record(session: _Session) -> TrainOutcome:
     import ray
 
     sink, experiment = session.sink, session.experiment
-    Journal(session.journal).append({"kind": "tags", "tags": {"ray.job_id": ray.get_runtime_context().get_job_id()}})
+    began = {"kind": "tags", "time_ms": int(1000 * session.watch.began)}
+    Journal(session.journal).append({**began, "tags": {"ray.job_id": ray.get_runtime_context().get_job_id()}})
     drain = JournalDrain(session.journal, sink)
     drain.start()
     status = "FAILED"
