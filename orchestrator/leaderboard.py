@@ -169,7 +169,7 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """For people."""
-        told = []
+        told = ["the start won"] if self.winner == self.start else []
         for name, suite in self.suites.items():
             told.append(
                 f"{name}: winner {np.mean(suite.winner):.1%}, start {np.mean(suite.start):.1%}, paired difference "

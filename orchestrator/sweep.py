@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.failures import sentence
@@ -55,7 +54,7 @@ class SweepOutcome:
     address: str
     trials: Sequence[Trial]  # best first
     comparison: Comparison | None
-    folder: Path  # of table, figures and the best configuration
+    report: str  # where table, figures and the best configuration are
 
 
 def sweep_name(experiment: SweepExperiment) -> str:
@@ -230,14 +229,14 @@ def _sweep(
     comparison = None
     if experiment.sweep.final_seeds:
         comparison = _compare(experiment, best, run, record, console=console, debug=debug)
-    folder = record.report(search, trials, comparison)
+    report = record.report(search, trials, comparison)
     return SweepOutcome(
         name=run.name,
         run_id=record.run_id,
         address=record.address,
         trials=trials,
         comparison=comparison,
-        folder=folder,
+        report=report,
     )
 
 
@@ -256,22 +255,20 @@ def _search(
 
 def _compare(
     experiment: SweepExperiment, best: Trial, run: Run, record: SweepRecord, *, console: Any, debug: bool
-) -> Comparison | None:
+) -> Comparison:
     stage = final_stage(experiment, name=run.name, parent=record.run_id)
     seeds = [experiment.seed + i for i in range(experiment.sweep.final_seeds)]
-    start = stage.space.start()
-    if best.point == start:
-        console.print("the start won; there is nothing to compare it with", highlight=False)
-        return None
-    points = [{**point, "seed": seed} for seed in seeds for point in (best.point, start)]
-    console.print(f"at full length, {len(seeds)} seeds: the winner and the start", highlight=False)
+    winner, start = ([{**point, "seed": seed} for seed in seeds] for point in (best.point, stage.space.start()))
+    points = winner if winner == start else [point for pair in zip(winner, start, strict=True) for point in pair]
+    who = "the start, which won" if winner == start else "the winner and the start"
+    console.print(f"at full length, {len(seeds)} seeds: {who}", highlight=False)
     results = tune_trials(stage, points, run, folder="final", record=record, console=console, debug=debug)
     runs = [trial_of(stage, point, reason=reason, rank_by=experiment.sweep.rank_by) for point, reason in results]
     for trial in runs:
         record.settle(trial, stage)
     by_point = {json.dumps(trial.point, sort_keys=True): trial for trial in runs}
-    in_order = [by_point[json.dumps(point, sort_keys=True)] for point in points]
-    return compare(stage, winner=in_order[0::2], start=in_order[1::2])
+    sides = ([by_point[json.dumps(point, sort_keys=True)] for point in side] for side in (winner, start))
+    return compare(stage, winner=next(sides), start=next(sides))
 
 
 def trial_of(stage: Stage, point: Point, *, reason: str | None, rank_by: tuple[str, ...]) -> Trial:
@@ -412,19 +409,20 @@ def show_sweep(outcome: SweepOutcome, *, console: Any) -> None:
     from rich.table import Table
 
     rows = leaderboard_rows(outcome.trials)
+    knobs = [key for key in dict.fromkeys(key for trial in outcome.trials for key in trial.point)]
+    columns = {"place": "", **{knob: knob.rpartition(".")[2] for knob in knobs}, "score": "score", "step": "step"}
     shown = Table(title=f"sweep {outcome.name}", title_justify="left")
-    columns = [column for column in rows[0] if column not in ("run", "reason")]
-    for column in columns:
-        shown.add_column(column.removeprefix("objective.").removeprefix("eval/").replace("photometric/sga", "photo"))
+    for title in (*columns.values(), "how it ended"):
+        shown.add_column(title)
     for row in rows:
-        shown.add_row(*(_cell(row.get(column)) for column in columns))
+        shown.add_row(*(_cell(row.get(column)) for column in columns), row["outcome"])
     console.print(shown)
     for row in rows:
         if row["reason"]:
             console.print(f"{row['place']} failed: {row['reason']}", highlight=False, soft_wrap=True)
     for line in outcome.comparison.lines() if outcome.comparison else ():
         console.print(line, highlight=False, soft_wrap=True)
-    for what, value in (("report", outcome.folder), ("look", outcome.address), ("sweep", outcome.run_id)):
+    for what, value in (("report", outcome.report), ("look", outcome.address), ("sweep", outcome.run_id)):
         console.print(f"{what:<7}  {value}", highlight=False, soft_wrap=True)
 
 

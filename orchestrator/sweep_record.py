@@ -84,9 +84,12 @@ class SweepRecord:
         """Mark the trials as KILLED that a dead driver began and Tune does not know of."""
         self._sink.end_children(known=known)
 
-    def report(self, stage: Stage, trials: Sequence[Trial], comparison: Comparison | None) -> Path:
-        """Write and log the leaderboard, the figures, the best configuration; returns their folder."""
-        folder = Path(tempfile.mkdtemp(prefix="sweep-"))
+    def report(self, stage: Stage, trials: Sequence[Trial], comparison: Comparison | None) -> str:
+        """Log the leaderboard, the figures and the best configuration; returns where they are in the sweep's storage."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self._report(Path(folder), stage, trials, comparison)
+
+    def _report(self, folder: Path, stage: Stage, trials: Sequence[Trial], comparison: Comparison | None) -> str:
         knobs = list(stage.sweep.sweep.space)
         (folder / "leaderboard.csv").write_text(to_csv(leaderboard_rows(trials)), encoding="utf-8")
         weights = importance(trials, knobs, seed=stage.sweep.sweep.seed)
@@ -124,7 +127,7 @@ class SweepRecord:
             destination_filesystem=self._run.filesystem,
         )
         self._sink.set_tags({"sweep.best_run": best.run_name} | self._winner(comparison))
-        return folder
+        return f"{self._experiment.storage.path.rstrip('/')}/{self._run.name}/report"
 
     def _winner(self, comparison: Comparison | None) -> dict[str, str]:
         if comparison is None:
