@@ -150,7 +150,10 @@ def _unwrapped(failure: BaseException) -> BaseException:
 
 
 def sentence(error: BaseException) -> str:
-    """An exception's message as one line."""
+    """An exception's message as one line; of one that Ray carried from another process, the original's."""
+    original = getattr(error, "cause", None)
+    if isinstance(original, BaseException):
+        return sentence(original)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -364,8 +364,12 @@ def tune_trials(
             ),
         )
     found = tuner.fit()
-    ends = [found[i] for i in range(len(found))]
-    return [(stage.point_of(end.config or {}), sentence(end.error) if end.error else None) for end in ends]
+    begun = found._experiment_analysis.trials  # a result knows its settings only if it reported anything
+    errors = [found[i].error for i in range(len(found))]
+    return [
+        (stage.point_of(trial.config), sentence(error) if error else None)
+        for trial, error in zip(begun, errors, strict=True)
+    ]
 
 
 def _dirname(trial: Any) -> str:
@@ -385,20 +389,21 @@ def _optuna(stage: Stage) -> Any:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=settings.searcher.random_trials)
     start = [stage.space.encode(stage.space.start())] if settings.include_start else None
-    return OptunaSearch(space=stage.space, metric="score", mode="max", points_to_evaluate=start, sampler=sampler)
+    return OptunaSearch(space=stage.space, points_to_evaluate=start, sampler=sampler)
 
 
 def _stopper(stage: Stage) -> Any:
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-    common: Any = {"time_attr": "step", "metric": "score", "mode": "max"}
     match stage.sweep.sweep.stopper:
         case AshaConfig() as asha:
             steps = stage.experiment({}).steps
-            return ASHAScheduler(**common, max_t=steps, grace_period=asha.first_step, reduction_factor=asha.reduction)
+            return ASHAScheduler(
+                time_attr="step", max_t=steps, grace_period=asha.first_step, reduction_factor=asha.reduction
+            )
         case MedianConfig() as median:
             return MedianStoppingRule(
-                **common, grace_period=median.first_step, min_samples_required=median.least_trials
+                time_attr="step", grace_period=median.first_step, min_samples_required=median.least_trials
             )
         case _:
             return FIFOScheduler()

@@ -167,7 +167,7 @@ def _explain(cls: type, error: pydantic.ValidationError) -> str:
         best = next(iter([*same_leaf, *close]), None)
         return f"unknown key {key}" + (f"; did you mean {best}?" if best else f"; known keys: {', '.join(known)}")
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if fault["type"] == "value_error" and re.match(r"[a-z_]+(\.[a-z_]+)+: ", message):
+    if fault["type"] == "value_error" and re.match(r"[a-z_]+(\.[a-z_]+)+: " if names else r"[a-z_.]+: ", message):
         return message  # a check over several keys names its key itself
     given = "" if fault["type"] in ("missing", "value_error") else f" (given: {fault.get('input')!r})"
     return f"{key}: {message[0].lower() + message[1:]}{given}"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 _INK, _PALE = "#222222", "#9a9a9a"
+_LABEL = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 _LOG_RANGE = 10.0  # a numeric knob whose values span more than this is drawn on a logarithmic axis
 
 ScoredPoint = tuple[Mapping[str, Any], float]
@@ -94,7 +95,15 @@ def draw_parallel_coordinates(points: Sequence[ScoredPoint], knobs: Sequence[str
         plot.axvline(i, color=_PALE, linewidth=0.8, zorder=1)
         for height, label in axis.ticks():
             plot.annotate(
-                label, (i, height), xytext=(-5, 0), textcoords="offset points", ha="right", va="center", size=8
+                label,
+                (i, height),
+                xytext=(-5, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                size=8,
+                bbox=_LABEL,
+                zorder=999,
             )
     plot.axvline(len(knobs), color=_PALE, linewidth=0.8, zorder=1)
     for share in np.linspace(0, 1, 5):
