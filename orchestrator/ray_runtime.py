@@ -15,6 +15,7 @@ import torch
 from ray.train.torch import get_device
 
 from orchestrator.progress import ProgressPublisher
+from orchestrator.spares import order_later
 from workloads.checkpoint import CheckpointStore, CheckpointWriter, Restored, Snapshot, read_newest_everywhere
 from workloads.data.filesystems import resolve_uri, with_retries
 from workloads.runtime import Request, agreed, averaging_gradients
@@ -28,7 +29,13 @@ class RayRuntime:
     """
 
     def __init__(
-        self, *, progress_key: str, checkpoints: CheckpointStore, patience_s: float = 300.0, watch_preemption: bool
+        self,
+        *,
+        progress_key: str,
+        checkpoints: CheckpointStore,
+        patience_s: float = 300.0,
+        watch_preemption: bool,
+        spare: bool = False,
     ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
@@ -44,6 +51,7 @@ class RayRuntime:
         self._writer: CheckpointWriter | None = None
         self._restored_step: int | None = None
         self._watch_preemption = watch_preemption
+        self._spare = spare
         self._preemption_known = False
         self._preemption_asked = float("-inf")
         self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
@@ -116,6 +124,8 @@ class RayRuntime:
         self.step = step
         if self.first_step_time is None:
             self.first_step_time = time.time()
+            if self._spare:
+                order_later()
             before = self._extra.get("startup/evaluation_s", 0.0)  # the loop may evaluate before its first step
             self._extra["startup/first_step_s"] = self.first_step_time - self._entered - before
             if "startup/began" in self._extra:
@@ -189,6 +199,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         ),
         patience_s=job["patience_s"],
         watch_preemption=job["watch_preemption"],
+        spare=job["spare"],
     )
     timings = {
         **job["timings"],

@@ -4,6 +4,7 @@ import logging
 import os
 from typing import Any
 
+from orchestrator.spares import FOR_TRIALS, FOR_WORKERS, importing
 from orchestrator.spec import TrainExperiment
 from workloads.config import ConfigError
 
@@ -13,12 +14,12 @@ def on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int = 1) -> None:
+def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, else start one inside this process; does nothing if this process has joined one.
 
     Args:
         uri: of the tracking store.
-        trials: of a sweep, at the same time; a Ray of our own is made for so many.
+        trials: of a sweep, at the same time; a Ray of our own is made for so many. None: there is no sweep.
 
     Raises:
         ConfigError: the cluster is too small for what `scaling` asks.
@@ -43,6 +44,7 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_METRICS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0",
+            **importing(FOR_TRIALS if trials else FOR_WORKERS),
             **job_environment(experiment, uri),
         }
     os.environ.update(settings)
@@ -59,7 +61,7 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int
         ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **common)
         return check_resources(experiment)
     # Logical CPUs: a machine with fewer still runs, slower. Nothing else of Ray is needed inside one process.
-    wanted = trials * scaling.most_workers * scaling.cpus_per_worker
+    wanted = (trials or 1) * scaling.most_workers * scaling.cpus_per_worker
     ray.init(address="local", num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, **common)
     return check_resources(experiment)
 

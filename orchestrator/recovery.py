@@ -15,15 +15,19 @@ from typing import Any
 
 import ray
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 
 from orchestrator.failures import Decision, Failure, classify, decide
 from orchestrator.journal import Journal, JournalReader
+from orchestrator.spares import order_later
 from orchestrator.track import without_secrets
 from workloads.checkpoint import CheckpointStore
 from workloads.data.filesystems import resolve_uri
+
+_AFTER_START_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +112,14 @@ class PreemptionThread(PreemptionCallback):
         if self._watcher is not None:
             self._watcher._stop_event.set()
             self._watcher = None
+
+
+class ControllerSpare(WorkerGroupCallback):
+    """A spare for the actor by which a new group of workers wait for each other; it is the controller's own."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Order it when the workers have had the cores for their own start."""
+        order_later(after_s=_AFTER_START_S)
 
 
 class EmbeddedScaling(FixedScalingPolicy):

@@ -118,6 +118,10 @@ class FailureConfig:
     patience_s: PositiveFloat = 600.0
     """How long the object store, the cluster's control processes or a lost node may stay away, seconds."""
 
+    spare_processes: bool = True
+    """Keep a process beside each worker, started and its imports done, that takes over when the worker dies, or that the next
+    trial of a sweep begins with; each holds half a gigabyte."""
+
 
 @config
 class TrainExperiment(PretrainConfig):

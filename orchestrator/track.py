@@ -193,7 +193,7 @@ class MlflowSink:
         self._artifacts_seen: set[str] = set()
         self.run_id: str | None = None
         self.experiment_id: str | None = None
-        self._lock = threading.Lock()
+        self._lock, self._connecting = threading.Lock(), threading.Lock()
 
     def write(self, records: Sequence[Record]) -> None:
         """Deliver `records`; a (key, step) that the run already has is not logged again."""
@@ -221,11 +221,13 @@ class MlflowSink:
 
     def connect(self) -> None:
         """Reach the tracking store, and make its tables and the experiment where they do not exist."""
-        quiet_mlflow()
-        from mlflow import MlflowClient
+        with self._connecting:
+            if self.experiment_id is None:
+                quiet_mlflow()
+                from mlflow import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=self._uri)
-        self.experiment_id = self._experiment()
+                self._client = MlflowClient(tracking_uri=self._uri)
+                self.experiment_id = self._experiment()
 
     def _open(self) -> None:
         if self.experiment_id is None:

@@ -26,6 +26,7 @@ from orchestrator.journal import (
 )
 from orchestrator.ray_session import on_cluster, start_ray
 from orchestrator.runs import Run, begun_run, claim_run, finished_run, hold_run, mark_finished
+from orchestrator.spares import order_first
 from orchestrator.spec import TrainExperiment
 from orchestrator.track import (
     MlflowSink,
@@ -170,8 +171,13 @@ def train(
             connected = pool.submit(sink.connect)
             with watch.phase("ray"):
                 start_ray(experiment, uri=uri, debug=debug)
-            with watch.phase("tracking_wait"):
-                _wait_connected(connected, uri)
+                if not on_cluster() and not _is_trial():
+                    order_first(
+                        experiment.scaling.most_workers + 2
+                    )  # the workers, the controller, and what they wait by
+            if not _is_trial():  # its sweep has reached the store, and its workers need not wait
+                with watch.phase("tracking_wait"):
+                    _wait_connected(connected, uri)
         return _fit_and_record(
             _Session(
                 experiment=experiment,
@@ -369,6 +375,13 @@ def _sigterm_stops(claim: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _is_trial() -> bool:
+    """Whether this process is a sweep's trial, an actor, rather than a driver."""
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+
+
 def _run_controller_here(parts: Mapping[str, Any]) -> Any:
     """Ray Train's controller in this process, which is a trial's: an actor more would cost a start and its imports."""
     from ray.train.v2._internal.execution.controller import TrainController
@@ -384,7 +397,13 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
 
     from orchestrator.journal_callback import JournalCallback
     from orchestrator.ray_runtime import train_worker
-    from orchestrator.recovery import ControllerPolicy, EmbeddedScaling, LiveNodesScaling, PreemptionThread
+    from orchestrator.recovery import (
+        ControllerPolicy,
+        ControllerSpare,
+        EmbeddedScaling,
+        LiveNodesScaling,
+        PreemptionThread,
+    )
 
     api: Any = ray.train  # its annotations describe Train V1
     worker: Any = train_worker
@@ -406,7 +425,7 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
                 parts["scaling_policy"] = LiveNodesScaling(scaling_config)
             elif not on_cluster():
                 parts["scaling_policy"] = EmbeddedScaling(scaling_config)
-            if ray.get_runtime_context().get_actor_id() is not None:
+            if _is_trial():
                 return _run_controller_here(parts)
             parent: Any = super()
             return parent._initialize_and_run_controller(**parts)
@@ -430,6 +449,7 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
             callbacks=[
                 JournalCallback(str(session.journal)),
                 *([PreemptionThread()] if on_cluster() else []),
+                *([ControllerSpare()] if session.experiment.failure.spare_processes else []),
                 *session.callbacks,
             ],
         ),
@@ -448,6 +468,7 @@ def _job(session: _Session) -> dict[str, Any]:
         "best_metric": session.experiment.storage.best_metric,
         "patience_s": session.experiment.failure.patience_s,
         "watch_preemption": on_cluster(),
+        "spare": session.experiment.failure.spare_processes,
         "began": session.watch.began,
         "timings": session.watch.timings,
         "submitted": time.time(),
