@@ -106,6 +106,7 @@ def plan(
         tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Price of one worker's hour, least and most.")
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Plan the file's sweep instead of the one run.")] = False,
     debug: Debug = False,
 ) -> None:
     """Say what a run will read, write, hold and take, before anything is spent on it: `orchestrator plan NAME --price 0.4 1.2`.
@@ -115,14 +116,17 @@ def plan(
     with _explained(debug):
         from pathlib import Path
 
-        from orchestrator.load import load_experiment
-        from orchestrator.plan import plan_run
+        from orchestrator.load import load_experiment, load_sweep
+        from orchestrator.plan import Plan, SweepPlan, plan_run, plan_sweep
 
-        loaded = load_experiment(experiment, overrides or [])
+        found: Plan | SweepPlan
         with _console().status("measuring a few steps" if calibrate else "counting"):
-            found = plan_run(loaded, calibrate=calibrate, price=price)
+            if sweep:
+                found = plan_sweep(load_sweep(experiment, overrides or []), calibrate=calibrate, price=price)
+            else:
+                found = plan_run(load_experiment(experiment, overrides or []), calibrate=calibrate, price=price)
         for what, how_much in found.lines():
-            typer.echo(f"{what:<13} {how_much}")
+            typer.echo(f"{what:<15} {how_much}")
         if json_file is not None:
             Path(json_file).write_text(found.to_json() + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.spec import ScalingConfig, TrainExperiment
+from orchestrator.spec import ScalingConfig, SweepExperiment, TrainExperiment
 from workloads.config import to_yaml
 from workloads.data.manifest import open_dataset
 from workloads.loops.pretrain import preflight
@@ -109,6 +109,76 @@ class Plan:
         if self.price is not None:
             told.append(("price", f"{self.price[0]:.2f} to {self.price[1]:.2f}"))
         return told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPlan:
+    """What a sweep asks for: its trials, and the winner and the start at full length."""
+
+    trials: int  # at most; an early stopper ends some of them before
+    at_once: int | None  # None: as many as the cluster has room for, of which one is reckoned with
+    trial: Plan
+    finals: int
+    final: Plan | None
+
+    @property
+    def hours(self) -> float | None:
+        """Wall time if no trial is stopped early; None without a calibration."""
+        if self.trial.hours is None:
+            return None
+        rounds = math.ceil(self.trials / (self.at_once or 1)), math.ceil(self.finals / (self.at_once or 1))
+        return rounds[0] * self.trial.hours + (rounds[1] * (self.final.hours or 0.0) if self.final else 0.0)
+
+    @property
+    def price(self) -> tuple[float, float] | None:
+        """Least and most, for all workers of all trials."""
+        parts = [(self.trials, self.trial.price), (self.finals, self.final.price if self.final else None)]
+        known = [(count, price) for count, price in parts if price is not None]
+        if not known:
+            return None
+        return sum(c * p[0] for c, p in known), sum(c * p[1] for c, p in known)
+
+    def to_json(self) -> str:
+        """All figures, the derived ones included."""
+        return json.dumps({**dataclasses.asdict(self), "hours": self.hours, "price": self.price}, indent=1)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What and how much, for people."""
+        at_once = "as many at once as there is room for" if self.at_once is None else f"{self.at_once} at once"
+        told = [("trials", f"at most {self.trials}, {at_once}; each:")]
+        told += [(f"  {what}", how_much) for what, how_much in self.trial.lines()]
+        if self.final is not None:
+            told += [("full length", f"{self.finals} runs of the winner and the start; each:")]
+            told += [(f"  {what}", how_much) for what, how_much in self.final.lines()]
+        if self.hours is not None:
+            told.append(("in all", f"about {_hours(self.hours)} if no trial is stopped early, start-ups aside"))
+        if self.price is not None:
+            told.append(("price", f"{self.price[0]:.2f} to {self.price[1]:.2f}"))
+        return told
+
+
+def plan_sweep(
+    experiment: SweepExperiment, *, calibrate: bool = True, price: tuple[float, float] | None = None
+) -> SweepPlan:
+    """As `plan_run`, for a trial and for a run at full length.
+
+    Raises:
+        ConfigError, DataError, PlanError: what `sweep` would refuse too.
+        CalibrationError: the measured steps failed.
+    """
+    from orchestrator.sweep import check_sweep, final_stage, search_stage
+
+    points = check_sweep(experiment)
+    settings = experiment.sweep
+    trial = search_stage(experiment, name="plan", parent=None).experiment({})
+    final = final_stage(experiment, name="plan", parent=None).experiment({})
+    return SweepPlan(
+        trials=settings.trials if points is None else len(points),
+        at_once=settings.max_concurrent,
+        trial=plan_run(trial, calibrate=calibrate, price=price),
+        finals=2 * settings.final_seeds,
+        final=plan_run(final, calibrate=calibrate, price=price) if settings.final_seeds else None,
+    )
 
 
 def plan_run(experiment: TrainExperiment, *, calibrate: bool = True, price: tuple[float, float] | None = None) -> Plan:

@@ -4,7 +4,7 @@ import logging
 import os
 from typing import Any
 
-from orchestrator.spares import FOR_TRIALS, FOR_WORKERS, importing
+from orchestrator.spares import importing
 from orchestrator.spec import TrainExperiment
 from workloads.config import ConfigError
 
@@ -44,7 +44,7 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_METRICS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0",
-            **importing(FOR_TRIALS if trials else FOR_WORKERS),
+            **importing(),
             **job_environment(experiment, uri),
         }
     os.environ.update(settings)

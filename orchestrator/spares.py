@@ -11,23 +11,19 @@ as a Ray of our own is; elsewhere a spare saves the start of the process, but no
 import contextlib
 import importlib
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 _KEPT_S = 24 * 3600
 _TIMEOUT_S = 10.0
 
-FOR_WORKERS = ("orchestrator.ray_runtime", "workloads.loops.pretrain")
-"""What a worker of a run imports, and the controller with it."""
-
-FOR_TRIALS = (*FOR_WORKERS, "orchestrator.trial", "mlflow")
-"""What the processes of a sweep's trials import."""
+WORKER_ENVIRONMENT = {"env_vars": {"ORCHESTRATOR_ROLE": "worker"}}
+"""The `runtime_env` of workers: it makes `preload` import what they need, and tells their spares from others'."""
 
 
-def importing(modules: Sequence[str]) -> dict[str, str]:
-    """Variables for the start of a node on which every process begins with `modules` imported."""
+def importing() -> dict[str, str]:
+    """Variables for the start of a node on which every process begins with the imports of its role."""
     # Ray starts a process for each CPU unasked, without the environment by which ours are known.
-    return {"RAY_preload_python_modules": ",".join(modules), "RAY_prestart_worker_first_driver": "0"}
+    return {"RAY_preload_python_modules": "orchestrator.preload", "RAY_prestart_worker_first_driver": "0"}
 
 
 def order(count: int = 1, *, environment: str | None = None) -> None:
@@ -42,7 +38,7 @@ def order(count: int = 1, *, environment: str | None = None) -> None:
         _order(count, ray.get_runtime_context().get_runtime_env_string() if environment is None else environment)
 
 
-def order_first(count: int) -> None:
+def order_first(workers: int) -> None:
     """Order the first processes of a run, while its driver still has other things to do."""
     from ray.runtime_env import RuntimeEnv
     from ray.train.v2._internal.constants import (
@@ -53,7 +49,9 @@ def order_first(count: int) -> None:
 
     # What Ray Train gives its controller, and the controller's actors inherit.
     told = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
-    order(count, environment=RuntimeEnv(env_vars=get_env_vars_to_propagate() | told).serialize())
+    inherited = get_env_vars_to_propagate() | told
+    order(2, environment=RuntimeEnv(env_vars=inherited).serialize())  # the controller, and what workers wait by
+    order(workers, environment=RuntimeEnv(env_vars=inherited | WORKER_ENVIRONMENT["env_vars"]).serialize())
 
 
 def order_later(count: int = 1, *, after_s: float = 0.0) -> None:

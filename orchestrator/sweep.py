@@ -324,6 +324,7 @@ def tune_trials(
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_EVERY_S)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the journal and MLflow keep the metrics
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")  # how long a stopped trial may take to clean up
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "1" if debug else "0")
     from ray import tune
@@ -353,6 +354,7 @@ def tune_trials(
                 num_samples=1 if points is not None else stage.sweep.sweep.trials,
                 max_concurrent_trials=_room(stage.sweep),
                 trial_dirname_creator=_dirname,
+                reuse_actors=True,  # a trial's process has imported torch and MLflow
             ),
             run_config=tune.RunConfig(
                 name=folder,

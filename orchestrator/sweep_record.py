@@ -13,7 +13,7 @@ from orchestrator.leaderboard import Comparison, Trial, common_step, importance,
 from orchestrator.runs import Run
 from orchestrator.spec import SweepExperiment
 from orchestrator.sweep_progress import Clock
-from orchestrator.track import MlflowSink, artifact_root, run_address, sweep_header, tracking_uri, without_secrets
+from orchestrator.track import MlflowSink, artifact_root, page_address, sweep_header, tracking_uri, without_secrets
 from orchestrator.train import settle
 from orchestrator.trial import Stage
 from workloads.config import ConfigError, config_hash, to_dict, to_yaml
@@ -37,11 +37,21 @@ class SweepRecord:
             filesystem=run.filesystem,
             run_folder=run.folder,
         )
+        self._page = ""
         self.clock = Clock(run.filesystem, f"{run.folder}/hours")
 
     def open(self) -> None:
-        """Make the parent run, or find it again."""
+        """Make the parent run, or find it again, and the view of its trials with the columns that matter."""
         self._sink.open()
+        sweep = self._experiment.sweep
+        knobs = [f"params.`{key}`" for key in sweep.space]
+        scores = [f"metrics.`{key}`" for key in sweep.rank_by]
+        self._page = self._sink.share_view(
+            self._run.claim,
+            columns=[*knobs, *scores, "tags.`sweep.stage`"],
+            order_by=scores[0],
+            query=f"tags.`sweep.name` = '{self._run.name}'",
+        )
 
     @property
     def run_id(self) -> str:
@@ -50,8 +60,8 @@ class SweepRecord:
 
     @property
     def address(self) -> str:
-        """Where people look at the sweep."""
-        return run_address(self._uri, self._sink.experiment_id or "0", self.run_id)
+        """Where people look at the sweep: the table of its trials."""
+        return page_address(self._uri, self._page)
 
     def settle(self, trial: Trial, stage: Stage) -> None:
         """Give a trial's run its true end: a stopped one was finished by the sweep, a failed one failed.

@@ -347,6 +347,21 @@ class MlflowSink:
         for key, value in tags.items():
             self._client.set_tag(self.open(), key, value)
 
+    def share_view(self, key: str, *, columns: Sequence[str], order_by: str, query: str) -> str:
+        """Keep a view of the experiment's table of runs in MLflow, as its own "share" button does; returns where it opens.
+
+        Args:
+            columns: as MLflow names them, "params.`a.b`" and "metrics.`c`".
+            query: which runs are shown.
+        """
+        state = {
+            **{"searchFilter": query, "orderByKey": order_by, "orderByAsc": False, "startTime": "ALL"},
+            **{"lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs"},
+            **{"selectedColumns": list(columns), "runsExpanded": {self.open(): True}},
+        }
+        self._client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(state))
+        return f"#/experiments/{self.experiment_id}/runs?viewStateShareKey={key}"
+
     def children(self) -> list[Any]:
         """The runs that have this one as their parent."""
         query = f"tags.`mlflow.parentRunId` = '{self.open()}'"
@@ -390,6 +405,13 @@ class MlflowSink:
 
 
 _LOCAL = arrow_fs.LocalFileSystem()
+
+
+def page_address(uri: str, page: str) -> str:
+    """Where people open a page of MLflow: on its server, or on the one that the command starts for a local store."""
+    if uri.startswith(("http://", "https://")):
+        return f"{without_secrets(uri).rstrip('/')}/{page}"
+    return f"mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000/{page}"
 
 
 def run_address(uri: str, experiment_id: str, run_id: str) -> str:

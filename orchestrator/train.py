@@ -26,7 +26,7 @@ from orchestrator.journal import (
 )
 from orchestrator.ray_session import on_cluster, start_ray
 from orchestrator.runs import Run, begun_run, claim_run, finished_run, hold_run, mark_finished
-from orchestrator.spares import order_first
+from orchestrator.spares import WORKER_ENVIRONMENT, order_first
 from orchestrator.spec import TrainExperiment
 from orchestrator.track import (
     MlflowSink,
@@ -285,16 +285,19 @@ def _fit_and_record(session: _Session) -> TrainOutcome:
     Journal(session.journal).append({**began, "tags": {"ray.job_id": ray.get_runtime_context().get_job_id()}})
     drain = JournalDrain(session.journal, sink)
     drain.start()
-    status = "FAILED"
+    status, ended = "FAILED", False
     try:
         _fit_with_retries(session)
-        status = "FINISHED"
+        ended = True
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except SystemExit:  # a sweep has seen enough of this trial, and says so in its record
+        status = "FINISHED"
+        raise
     finally:
         undelivered = drain.close()
-        if status != "FINISHED" and sink.run_id is not None:
+        if not ended and sink.run_id is not None:
             with contextlib.suppress(Exception):
                 sink.close(status)
     if undelivered:
@@ -387,7 +390,12 @@ def _run_controller_here(parts: Mapping[str, Any]) -> Any:
     from ray.train.v2._internal.execution.controller import TrainController
 
     controller = TrainController(**parts)
-    asyncio.run(controller.run())
+    try:
+        asyncio.run(controller.run())
+    except SystemExit:  # Tune stops the trial; the process may serve the next one, so nothing may be left behind
+        if controller._worker_group is not None:
+            controller._worker_group.abort()
+        raise
     return controller.get_result()
 
 
@@ -446,6 +454,7 @@ def _trainer(session: _Session, attempts: "Attempts") -> Any:
             name=run.name,
             storage_path=run.storage_path,
             storage_filesystem=run.filesystem,
+            worker_runtime_env=WORKER_ENVIRONMENT,
             callbacks=[
                 JournalCallback(str(session.journal)),
                 *([PreemptionThread()] if on_cluster() else []),

@@ -16,14 +16,12 @@ import ray.train
 
 from orchestrator.journal import Record
 from orchestrator.search_space import Point, SearchSpace
-from orchestrator.spares import order_later
 from orchestrator.spec import SweepExperiment, TrainExperiment
 from workloads.config import apply_overrides, build, config_hash, flatten, to_dict
 
 POINT = "point"
 """Key of a trial's settings under which a searcher that lists its points puts one."""
 
-_AFTER_START_S = 15.0
 _BUDGET, _SCORE = "step", "score"
 
 
@@ -106,8 +104,6 @@ def run_trial(settings: dict[str, Any], *, stage: Stage, debug: bool) -> None:
     experiment = stage.experiment(stage.point_of(settings))
     watch = Stopwatch(began)
     report = TuneReport(stage.sweep.sweep.rank_by, steps=experiment.steps)
-    if experiment.failure.spare_processes:
-        order_later(after_s=_AFTER_START_S)
     report.tell_all(recorded(experiment), before=experiment.steps)  # what this run measured before a restart
     train(
         experiment,

@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 from tests.chaos.conftest import (  # noqa: E402
     BATCH,
     IMAGES,
-    STEPS,
     Driver,
     Nodes,
     build_images,
@@ -38,6 +37,8 @@ from tests.chaos.conftest import (  # noqa: E402
 )
 from workloads.data.ledger import read_ledger  # noqa: E402
 
+LENGTH = 240
+IN_ITS_COURSE_S = 30.0
 ELASTIC = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.threads_per_worker=1")
 
 
@@ -78,12 +79,13 @@ def lose_and_replace(nodes: Nodes) -> None:
 
 
 def recover(folder: Path, images: str, hurt: Callable[[Nodes], None], overrides: tuple[str, ...]) -> dict[str, Any]:
-    """One run that is hurt after its sixth step."""
+    """One run that is hurt in its course, when its spare processes have had time to start."""
     folder.mkdir()
     nodes = Nodes()
     try:
-        driver = driver_of(folder, images, nodes, *overrides).start()
+        driver = driver_of(folder, images, nodes, f"steps={LENGTH}", *overrides).start()
         wait_step(driver, 6)
+        time.sleep(IN_ITS_COURSE_S)
         killed_ms = time.time() * 1000
         hurt(nodes)
         if driver.wait() != 0:
@@ -168,7 +170,7 @@ def losses_of_data(folder: Path) -> dict[str, int]:
     for line in read_ledger(folder / "ledger"):
         trained.setdefault(line["epoch"], Counter()).update(i for i, _ in line["trained"])  # type: ignore[call-overload,attr-defined]
     per_epoch = IMAGES // BATCH * BATCH
-    missing_epochs = STEPS * BATCH // per_epoch - len(trained)
+    missing_epochs = LENGTH * BATCH // per_epoch - len(trained)
     lost = sum(max(0, per_epoch - len(counts)) for counts in trained.values()) + missing_epochs * per_epoch
     return {"lost": lost, "duplicated": sum(sum(c - 1 for c in counts.values()) for counts in trained.values())}
 

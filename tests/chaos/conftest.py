@@ -23,6 +23,7 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from orchestrator.ingest import build_dataset
+from orchestrator.spares import importing
 from tests.oracles.sample_plan import epoch_order
 from tests.s3_peer import faulty, free_port, s3_peer
 from workloads.data.ledger import read_ledger
@@ -93,6 +94,7 @@ class Nodes:
     """A Ray cluster of two nodes with two CPUs each; node 0 is the head, where drivers run."""
 
     def __init__(self) -> None:
+        os.environ.update(importing())  # raylets inherit it, as they do from who starts a cluster
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         self._others = [self._cluster.add_node(num_cpus=2)]
         self._cluster.wait_for_nodes()

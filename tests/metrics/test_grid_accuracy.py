@@ -26,6 +26,8 @@ from workloads.metrics.grid_accuracy import (
     with_mean_map,
     would_hit,
 )
+from workloads.models.backbone import BackboneConfig
+from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
 
 PROTOCOL = GridAccuracyConfig(crops_per_image=4, bootstrap=200, untrained_networks=2)
 
@@ -105,6 +107,22 @@ def test_suites_share_their_boxes_and_differ_only_in_the_query():
     assert torch.equal(plain.geometry.box_xyxy, photometric.geometry.box_xyxy)
     assert torch.equal(plain.full, photometric.full)
     assert (plain.crops - photometric.crops).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("knobs", [{"crop_grid": 4}, {"anchor_negatives": 0}, {"temperature": 1.0, "symmetric": True}])
+def test_an_untrained_network_scores_the_same_whatever_it_will_be_trained_with(knobs):
+    """Else a sweep over the grid would rank by how easy the grid makes the question."""
+    tables = []
+    for changes in ({}, knobs):
+        torch.manual_seed(0)
+        objective = AnchorNTXentConfig(projection_dim=16, projector_hidden=16, crop_stages=("C2",), **changes)
+        network = AnchorNTXent(objective, BackboneConfig(), crop_size=32, seed=0).eval()
+        tables.append(merge([measure(network, [], lambda: iter([batch_of(textured(3))]), PROTOCOL)]))
+    usual, changed = tables
+    for suite in usual:
+        for name, column in usual[suite].items():
+            np.testing.assert_array_equal(changed[suite][name], column)
+    assert summarize(usual, PROTOCOL) == summarize(changed, PROTOCOL)
 
 
 def test_queries_depend_on_the_image_id_alone():

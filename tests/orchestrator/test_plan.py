@@ -2,14 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.cli import run
-from orchestrator.load import load_experiment
-from orchestrator.plan import CalibrationError, plan_run, resource_request
+from orchestrator.load import load_experiment, load_sweep
+from orchestrator.plan import Calibration, CalibrationError, plan_run, plan_sweep, resource_request
 from orchestrator.spec import ScalingConfig
 from workloads.config import ConfigError
 from workloads.spec import build_objective
@@ -84,3 +85,36 @@ def test_the_command_prints_and_writes_it(experiment: Path, tmp_path: Path, caps
     figures = json.loads(file.read_text())
     assert figures["steps"] == 5 and figures["request"]["bundles"] == [{"CPU": 1}] and figures["hours"] is None
     assert not (tmp_path / "runs").exists()  # nothing was started
+
+
+def test_a_sweeps_plan_is_its_trials_and_the_runs_at_full_length(experiment: Path, datasets: dict[str, str]):
+    """5 trials of 8 steps, 2 x 2 runs of 20; the prices add up."""
+    file = experiment.with_name("sweep.yaml")
+    file.write_text(
+        experiment.read_text()
+        + f"sweep:\n  selection_uri: {datasets['selection']}\n  trials: 5\n  max_concurrent: 2\n"
+        + "  trial: {steps: 8, evaluation.every_steps: 4}\n"
+        + "  space: {objective.temperature: {kind: uniform, low: 0.1, high: 0.2}}\n"
+    )
+    counted = plan_sweep(load_sweep(str(file)), calibrate=False)
+    assert (counted.trials, counted.trial.steps, counted.trial.evaluations) == (5, 8, 2)
+    assert counted.final is not None
+    assert (counted.finals, counted.final.steps, counted.final.evaluations) == (4, 20, 1)
+    assert counted.hours is None and counted.price is None
+
+    measured = Calibration(step_s=36.0, data_wait_share=0, image_evaluation_s=0, peak_bytes=1, checkpoint_bytes=1)
+    trial, final = (
+        replace(part, calibration=measured, price_per_worker_hour=(1.0, 2.0)) for part in (counted.trial, counted.final)
+    )
+    known = replace(counted, trial=trial, final=final)
+    assert known.hours == pytest.approx(3 * 0.08 + 2 * 0.2)  # two at once: three rounds, then two
+    assert known.price == pytest.approx((5 * 0.08 + 4 * 0.2, 2 * (5 * 0.08 + 4 * 0.2)))
+    assert json.loads(known.to_json())["hours"] == pytest.approx(known.hours)
+
+
+def test_the_command_plans_a_sweep(experiment: Path, datasets: dict[str, str], capsys):
+    overrides = [f"sweep.selection_uri={datasets['selection']}", "sweep.trials=3", "sweep.trial.steps=8"]
+    space = "sweep.space.objective.temperature={kind: uniform, low: 0.1, high: 0.2}"
+    assert run(["plan", str(experiment), "--sweep", "--no-calibrate", space, *overrides]) == 0
+    told = capsys.readouterr().out
+    assert "at most 3" in told and "4 runs of the winner and the start" in told
