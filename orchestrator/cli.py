@@ -13,6 +13,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and describe datasets of Parquet shards.")
 app.add_typer(data_app, name="data")
 
+_ABSENT: Any = object()
 _EXPLAINED = {
     "CalibrationError",
     "ComparisonError",
@@ -240,19 +241,22 @@ def experiments(
 ) -> None:
     """List the experiments that come with the package, or every key of one with its value and meaning."""
     with _explained(debug):
-        from orchestrator.load import list_experiments, load_experiment
+        from orchestrator.load import has_sweep, list_experiments, load_experiment, load_sweep
 
         if name is None:
             for known, comment in list_experiments().items():
                 typer.echo(f"{known}\n    " + comment.replace("\n", "\n    "))
             return
-        from orchestrator.spec import TrainExperiment
-        from workloads.config import describe, flatten
+        from workloads.config import describe, to_dict
 
-        values = flatten(load_experiment(name))
-        for key, default, meaning in describe(TrainExperiment):
-            if key in values:
-                typer.echo(f"{key} = {values[key]}   [{default}]  {meaning}")
+        experiment = load_sweep(name) if has_sweep(name) else load_experiment(name)
+        for key, default, meaning in describe(type(experiment)):
+            value = to_dict(experiment)
+            for part in key.split("."):
+                value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+            is_other_kind = key.endswith(".kind") and default != f'"{value}"'
+            if value is not _ABSENT and not is_other_kind:
+                typer.echo(f"{key} = {value}   [{default}]  {meaning}")
 
 
 @app.command()

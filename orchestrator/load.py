@@ -66,6 +66,11 @@ def load_experiment(name: str, arguments: Sequence[str] = ()) -> "TrainExperimen
     return absolute_paths(build(TrainExperiment, data))
 
 
+def has_sweep(name: str) -> bool:
+    """Whether an experiment's file has a search over it."""
+    return "sweep" in read_yaml(find_experiment(name))
+
+
 def load_sweep(name: str, arguments: Sequence[str] = ()) -> "SweepExperiment":
     """As `load_experiment`, with the `sweep` section.
 
