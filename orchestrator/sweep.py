@@ -391,7 +391,7 @@ def _optuna(stage: Stage) -> Any:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=settings.searcher.random_trials)
     start = [stage.space.encode(stage.space.start())] if settings.include_start else None
-    return OptunaSearch(space=stage.space, points_to_evaluate=start, sampler=sampler)
+    return OptunaSearch(space=stage.space, metric="score", mode="max", points_to_evaluate=start, sampler=sampler)
 
 
 def _stopper(stage: Stage) -> Any:

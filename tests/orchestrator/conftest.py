@@ -38,11 +38,11 @@ failure: {{retries: 0}}
 
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`train` (24 images), `selection` and `heldout` (6 each): quarters of noise of different grain, so that there is something to find."""
+    """`train` and `selection` (24 images each) and `heldout` (6): quarters of noise of different grain, so that there is something to find."""
     root = tmp_path_factory.mktemp("datasets")
     rng = np.random.default_rng(0)
     uris = {}
-    for name, count in (("train", 24), ("heldout", 6), ("selection", 6)):
+    for name, count in (("train", 24), ("heldout", 6), ("selection", 24)):
         folder = root / f"{name}-images"
         folder.mkdir()
         for index in range(count):

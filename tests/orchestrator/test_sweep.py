@@ -27,8 +27,9 @@ pytestmark = pytest.mark.timeout(600)
 SWEEP = """
 sweep:
   selection_uri: {selection}
-  trials: 5
-  trial: {{steps: 8, evaluation.every_steps: 4, checkpoint_every: 2}}
+  trials: 4
+  max_concurrent: 1
+  trial: {{steps: 8, evaluation.every_steps: 4, checkpoint_every: 2, evaluation.protocol.crops_per_image: 8}}
   stopper: {{kind: asha, first_step: 4}}
   final_seeds: 1
   space:
@@ -128,7 +129,7 @@ def test_what_finished_is_not_repeated_and_the_rest_goes_on_from_its_checkpoint(
 
 def test_every_trial_is_one_run_below_the_parent_with_its_true_end(swept: Swept):
     trials = swept.stage("search")
-    assert len(trials) == 5 and len(swept.stage("sweep")) == 1
+    assert len(trials) == 4 and len(swept.stage("sweep")) == 1
     assert {found.data.tags["mlflow.parentRunId"] for found in trials} == {swept.parent.info.run_id}
     assert {found.info.status for found in swept.runs} <= {"FINISHED", "FAILED"}
     names = [found.info.run_name for found in swept.runs]
@@ -159,8 +160,8 @@ def test_a_trial_that_cannot_work_is_recorded_with_its_reason_and_the_sweep_goes
 def test_the_parent_holds_the_result(swept: Swept):
     metrics, tags = swept.parent.data.metrics, swept.parent.data.tags
     rows = leaderboard(swept)
-    assert [int(row["place"]) for row in rows] == [1, 2, 3, 4, 5] and rows[0]["outcome"] == "finished"
-    assert metrics["sweep/trials"] == 5 and metrics["sweep/failed"] == 1
+    assert [int(row["place"]) for row in rows] == [1, 2, 3, 4] and rows[0]["outcome"] == "finished"
+    assert metrics["sweep/trials"] == 4 and metrics["sweep/failed"] == 1
     assert metrics["sweep/score"] == pytest.approx(float(rows[0]["score"]))
     assert metrics["sweep/trial_steps"] == sum(int(row["step"]) for row in rows)
     assert tags["sweep.best_run"] == rows[0]["run"]
@@ -279,6 +280,20 @@ def test_optuna_with_median_stopping_over_trials_of_two_workers(tmp_path: Path, 
     assert all(0.05 <= float(row["objective.temperature"]) <= 0.5 for row in rows)
 
 
+def test_trials_that_are_stopped_end_well_and_leave_nothing_behind(tmp_path: Path, datasets: dict[str, str]):
+    """Out of time at its first evaluation; a stopped trial's process cleans up its workers, for it may serve another."""
+    path = write_sweep(tmp_path, datasets)
+    assert run(["sweep", str(path), "sweep.hours=1e-6", "sweep.final_seeds=0", "tracking.run_name=short"]) == 0
+    rows = list(csv.DictReader((tmp_path / "runs" / "short" / "report" / "leaderboard.csv").read_text().splitlines()))
+    stopped = [row for row in rows if row["outcome"] == "stopped early"]
+    assert stopped and int(stopped[0]["step"]) == 4 and float(stopped[0]["score"]) >= 0
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert {r.info.status for r in found} <= {"FINISHED", "FAILED"}
+    (ended,) = [r for r in found if r.info.run_name == stopped[0]["run"]]
+    assert ended.info.status == "FINISHED" and ended.data.tags["sweep.outcome"] == "stopped early"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -290,7 +305,7 @@ def test_optuna_with_median_stopping_over_trials_of_two_workers(tmp_path: Path, 
         (["sweep.trial.evaluation.every_steps=null"], "a trial is first evaluated at step 8"),
         (["sweep.selection_uri={heldout}"], "this is the held-out set"),
         (["sweep.selection_uri={train}"], "these are the training images"),
-        (["sweep.searcher.kind=grid"], "the grid has 8 points, more than 5 trials"),
+        (["sweep.searcher.kind=grid"], "the grid has 8 points, more than 4 trials"),
         (["evaluation.uri=null"], "needed to measure the winner"),
         (["sweep.searcher.kind=optuna", "objective.anchor_negatives=7"], "own value 7 is not in it"),
         (["sweep.searchr.kind=grid"], "unknown key sweep.searchr"),
