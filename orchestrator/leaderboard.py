@@ -34,6 +34,7 @@ class Trial:
     rank_by: tuple[str, ...]
     reason: str | None = None  # why it failed
     ended: bool = False  # it ran to its end
+    interrupted: bool = False  # the sweep ended before it did
     seconds: float = 0.0  # from its start to its last report
 
     @property
@@ -52,8 +53,10 @@ class Trial:
 
     @property
     def outcome(self) -> str:
-        """How it ended: `finished`, `stopped early` or `failed`."""
-        return "failed" if self.reason else "finished" if self.ended else "stopped early"
+        """How it ended: `finished`, `stopped early` by the sweep, `failed`, or `unfinished`."""
+        if self.reason:
+            return "failed"
+        return "finished" if self.ended else "unfinished" if self.interrupted else "stopped early"
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pyarrow.fs as pafs
 
 from orchestrator import object_store
+from orchestrator.object_store import HeldError
 from workloads.data.filesystems import DataError, resolve_uri
 
 _NAME = "_lock"
@@ -18,7 +19,8 @@ def hold(uri: str, *, what: str) -> Iterator[None]:
     """Be alone at the folder `uri`, which is made, while the context lasts.
 
     Raises:
-        DataError: another process is there (`what` tells what it does), or nothing can be written there.
+        HeldError: another process is there (`what` tells what it does).
+        DataError: nothing can be written there.
     """
     if uri.startswith("s3://"):
         object_store.preflight(uri)
@@ -38,7 +40,7 @@ def hold(uri: str, *, what: str) -> Iterator[None]:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(folder)
-        raise DataError(f"{uri}: another process is {what}; wait for it") from None
+        raise HeldError(f"{uri}: another process is {what}; wait for it") from None
     try:
         yield
     finally:

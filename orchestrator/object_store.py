@@ -17,6 +17,10 @@ LOCK_TTL_S = 20.0
 """A lock that was not renewed for so long belongs to a process that died."""
 
 
+class HeldError(DataError):
+    """Another process holds a lock; the message says what it does."""
+
+
 def split_s3(uri: str) -> tuple[str, str]:
     """`s3://bucket/some/prefix` → (bucket, some/prefix).
 
@@ -160,7 +164,7 @@ def lock(uri: str, *, what: str, ttl_s: float = LOCK_TTL_S) -> Iterator[None]:
     """Hold the object at `uri` as a lock, renewed while the context lasts; one of a dead process is taken over.
 
     Raises:
-        DataError: somebody else holds it; `what` tells what they are doing.
+        HeldError: somebody else holds it; `what` tells what they are doing.
     """
     token = uuid.uuid4().hex
     _acquire(uri, token, what, ttl_s)
@@ -183,14 +187,14 @@ def _acquire(uri: str, token: str, what: str, ttl_s: float) -> None:
         held = get_object(uri)
         age_s = time.time() - (json.loads(held)["renewed"] if held else 0)
         if held and age_s < ttl_s:
-            raise DataError(
+            raise HeldError(
                 f"{uri}: another process is {what} (seen {age_s:.0f} s ago); wait for it, "
                 f"or {ttl_s:.0f} s after it died"
             )
         # Only the lock that was looked at may go: somebody may have taken over in between.
         if held and _token(uri) == json.loads(held)["token"]:
             _delete(uri)
-    raise DataError(f"{uri}: several processes want this lock at once; give the command again")
+    raise HeldError(f"{uri}: several processes want this lock at once; give the command again")
 
 
 def _renew(uri: str, token: str, ttl_s: float, stop: threading.Event) -> None:

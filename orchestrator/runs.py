@@ -2,19 +2,27 @@
 
 import contextlib
 import json
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as arrow_fs
 
 from orchestrator.locks import hold
+from orchestrator.object_store import HeldError
 from orchestrator.spec import SweepExperiment, TrainExperiment
 from workloads.config import ConfigError, config_hash, flatten
 from workloads.data.manifest import DataError, open_dataset, resolve_uri
 
+T = TypeVar("T")
+
 _RECORD, _FINISHED = "run.json", "finished.json"
+
+
+class RunHeldError(ConfigError):
+    """Another process drives the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +64,34 @@ def hold_run(experiment: TrainExperiment) -> Iterator[None]:
     """Be the only driver of the run's name while the context lasts; a driver that died lets go.
 
     Raises:
-        ConfigError: another process drives it, or nothing can be written there.
+        RunHeldError: another process drives it.
+        ConfigError: nothing can be written there.
     """
     name = run_name(experiment)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hold(f"{experiment.storage.path.rstrip('/')}/{name}", what=f"training run {name!r}"))
+        except HeldError as error:
+            raise RunHeldError(f"storage.path: {error}") from None
         except DataError as error:
             raise ConfigError(f"storage.path: {error}") from None
         yield
+
+
+def when_free(action: Callable[[], T], *, patience_s: float) -> T:
+    """`action`, tried again while another process, which may be dying, still drives its run.
+
+    Raises:
+        RunHeldError: it does so for longer than `patience_s`.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return action()
+        except RunHeldError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def claim_run(experiment: TrainExperiment, *, manifest_sha256: str) -> Run:

@@ -37,12 +37,21 @@ _TRIAL_DEFAULTS = {
 _FIXED_SECTIONS = ("evaluation", "tracking", "storage", "failure", "scaling")
 """Sections that are not searched: the ruler must not change with what it measures, the rest does not change the result."""
 
-_SNAPSHOT_EVERY_S = "2"
-_LET_GO_S = 30.0  # how long a trial's process may take to die
+_TUNE = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # what Tune knows is at most so much older than its driver's death
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal and MLflow keep the metrics
+    "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # how long a stopped trial may take to clean up
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 
 
 class SweepError(RuntimeError):
     """The sweep ended without a result; the message says why."""
+
+
+class SweepStoppedError(SweepError):
+    """The sweep was told to stop before it had ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +80,8 @@ def sweep(experiment: SweepExperiment, *, console: Any, resume: bool = False, de
 
     Raises:
         ConfigError, DataError, PlanError: the request cannot work; nothing was started.
-        SweepError: no trial ended well.
+        SweepError: no trial ended well, or it was told to stop.
+        ComparisonError: a run at full length failed; resumed, it is tried again.
     """
     points = check_sweep(experiment)
     name = sweep_name(experiment)
@@ -79,13 +89,14 @@ def sweep(experiment: SweepExperiment, *, console: Any, resume: bool = False, de
     with _alone(place, name):
         run = claim_sweep(experiment, name, identity=_identity(experiment), resume=resume)
         record = SweepRecord(experiment, run)
+        os.environ.update({**_TUNE, "TUNE_PRINT_ALL_TRIAL_ERRORS": "1" if debug else "0"})
         with ThreadPoolExecutor(1) as pool:
             connected = pool.submit(record.open)  # importing MLflow takes seconds: beside Ray's start
             start_ray(experiment, uri=tracking_uri(experiment), debug=debug, trials=_trials_at_once(experiment))
             connected.result()
         try:
             outcome = _sweep(experiment, points, run, record, console=console, debug=debug)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SweepStoppedError):
             record.close("KILLED")
             raise
         except BaseException:
@@ -222,7 +233,7 @@ def _sweep(
 ) -> SweepOutcome:
     search = search_stage(experiment, name=run.name, parent=record.run_id)
     trials = _search(search, points, run, record, console=console, debug=debug)
-    best = next((trial for trial in trials if trial.score is not None), None)
+    best = next((trial for trial in trials if trial.score is not None and not trial.reason), None)
     if best is None:
         reasons = "; ".join(sorted({trial.reason for trial in trials if trial.reason})) or "nothing was measured"
         raise SweepError(f"sweep {run.name}: no trial of {len(trials)} has a score ({reasons})")
@@ -243,12 +254,7 @@ def _sweep(
 def _search(
     stage: Stage, points: list[Point] | None, run: Run, record: SweepRecord, *, console: Any, debug: bool
 ) -> list[Trial]:
-    settings = stage.sweep.sweep
-    results = tune_trials(stage, points, run, folder="search", record=record, console=console, debug=debug)
-    rank_by = settings.rank_by
-    trials = [trial_of(stage, point, reason=reason, rank_by=rank_by) for point, reason in results]
-    for trial in trials:
-        record.settle(trial, stage)
+    trials = tune_trials(stage, points, run, folder="search", record=record, console=console, debug=debug)
     record.end_strays([trial.run_name for trial in trials])
     return ranked(trials)
 
@@ -262,17 +268,15 @@ def _compare(
     points = winner if winner == start else [point for pair in zip(winner, start, strict=True) for point in pair]
     who = "the start, which won" if winner == start else "the winner and the start"
     console.print(f"at full length, {len(seeds)} seeds: {who}", highlight=False)
-    results = tune_trials(stage, points, run, folder="final", record=record, console=console, debug=debug)
-    runs = [trial_of(stage, point, reason=reason, rank_by=experiment.sweep.rank_by) for point, reason in results]
-    for trial in runs:
-        record.settle(trial, stage)
+    runs = tune_trials(stage, points, run, folder="final", record=record, console=console, debug=debug)
     by_point = {json.dumps(trial.point, sort_keys=True): trial for trial in runs}
     sides = ([by_point[json.dumps(point, sort_keys=True)] for point in side] for side in (winner, start))
     return compare(stage, winner=next(sides), start=next(sides))
 
 
-def trial_of(stage: Stage, point: Point, *, reason: str | None, rank_by: tuple[str, ...]) -> Trial:
+def trial_of(stage: Stage, point: Point, *, reason: str | None, interrupted: bool) -> Trial:
     """What is known of the trial at `point`, from its own record."""
+    rank_by = stage.sweep.sweep.rank_by
     try:
         experiment = stage.experiment(point)
     except ConfigError as error:
@@ -287,6 +291,7 @@ def trial_of(stage: Stage, point: Point, *, reason: str | None, rank_by: tuple[s
         evaluations={r["step"]: r["metrics"] for r in measured},
         rank_by=rank_by,
         reason=reason,
+        interrupted=interrupted,
         ended=run is not None and finished_run(run) is not None,
         seconds=_seconds(records),
     )
@@ -315,18 +320,12 @@ def tune_trials(
     record: SweepRecord,
     console: Any,
     debug: bool,
-) -> list[tuple[Point, str | None]]:
+) -> list[Trial]:
     """Run the trials at `points`, or at those of the stage's searcher, on Ray Tune; what an earlier driver began is continued.
 
-    Returns:
-        (point, why it failed) of every trial.
+    Raises:
+        SweepStoppedError: it was told to stop.
     """
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", _SNAPSHOT_EVERY_S)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the journal and MLflow keep the metrics
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
-    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")  # how long a stopped trial may take to clean up
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "1" if debug else "0")
     from ray import tune
 
     from orchestrator.sweep_progress import Deadline, SweepProgress
@@ -338,7 +337,11 @@ def tune_trials(
     progress = SweepProgress(stage, console=console, total=len(points) if points else stage.sweep.sweep.trials)
     if tune.Tuner.can_restore(where, storage_filesystem=run.filesystem):
         tuner = tune.Tuner.restore(
-            where, trainable, resume_unfinished=True, resume_errored=False, storage_filesystem=run.filesystem
+            where,
+            trainable,
+            resume_unfinished=True,
+            resume_errored=folder == "final",
+            storage_filesystem=run.filesystem,
         )
         restored: Any = tuner._local_tuner
         restored._run_config.callbacks = [progress]  # the old driver's console is not ours
@@ -368,10 +371,20 @@ def tune_trials(
     found = tuner.fit()
     begun = found._experiment_analysis.trials  # a result knows its settings only if it reported anything
     errors = [found[i].error for i in range(len(found))]
-    return [
-        (stage.point_of(trial.config), sentence(error) if error else None)
-        for trial, error in zip(begun, errors, strict=True)
+    trials = [
+        trial_of(
+            stage,
+            stage.point_of(one.config),
+            reason=sentence(error) if error else None,
+            interrupted=one.status not in ("TERMINATED", "ERROR"),
+        )
+        for one, error in zip(begun, errors, strict=True)
     ]
+    for trial in trials:
+        record.settle(trial, stage)
+    if any(trial.outcome == "unfinished" for trial in trials):  # Tune takes Ctrl-C for a wish to end in good order
+        raise SweepStoppedError(f"sweep {run.name}: stopped; --resume continues it")
+    return trials
 
 
 def _dirname(trial: Any) -> str:

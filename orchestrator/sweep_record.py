@@ -3,25 +3,22 @@
 import contextlib
 import logging
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.fs as arrow_fs
 
 from orchestrator.leaderboard import Comparison, Trial, common_step, importance, leaderboard_rows, to_csv
-from orchestrator.runs import Run
+from orchestrator.runs import Run, RunHeldError, when_free
 from orchestrator.spec import SweepExperiment
 from orchestrator.sweep_progress import Clock
 from orchestrator.track import MlflowSink, artifact_root, page_address, sweep_header, tracking_uri, without_secrets
 from orchestrator.train import settle
-from orchestrator.trial import Stage
-from workloads.config import ConfigError, config_hash, to_dict, to_yaml
+from orchestrator.trial import LET_GO_S, Stage
+from workloads.config import config_hash, to_dict, to_yaml
 from workloads.reports.sweeps import draw_effects, draw_parallel_coordinates
 
 logger = logging.getLogger(__name__)
-
-_LET_GO_S = 30.0  # how long a stopped trial's process may take to die
 
 
 class SweepRecord:
@@ -72,17 +69,17 @@ class SweepRecord:
         if trial.experiment is None:
             self._record_refused(trial, tags)
             return
-        deadline = time.monotonic() + _LET_GO_S
-        while not trial.ended:
-            try:
-                if settle(trial.experiment, status="FAILED" if trial.reason else "FINISHED", tags=tags) is None:
-                    self._record_refused(trial, tags)
-                return
-            except ConfigError:
-                if time.monotonic() > deadline:
-                    logger.warning("run %s is still held by its process; its record stays open", trial.run_name)
-                    return
-                time.sleep(0.5)
+        if trial.ended:
+            return
+        status = "FAILED" if trial.reason else "KILLED" if trial.outcome == "unfinished" else "FINISHED"
+        experiment = trial.experiment
+        try:
+            settled = when_free(lambda: settle(experiment, status=status, tags=tags), patience_s=LET_GO_S)
+        except RunHeldError:
+            logger.warning("run %s is still held by its process; its record stays open", trial.run_name)
+            return
+        if settled is None and trial.reason:
+            self._record_refused(trial, tags)
 
     def _record_refused(self, trial: Trial, tags: Mapping[str, str]) -> None:
         """A run for a trial that never began, so that people see it and why."""

@@ -22,6 +22,10 @@ from workloads.config import apply_overrides, build, config_hash, flatten, to_di
 POINT = "point"
 """Key of a trial's settings under which a searcher that lists its points puts one."""
 
+LET_GO_S = 150.0
+"""How long a trial's process that was told to stop, or whose driver died, may hold its run; a lock in an object store outlives
+its process by a minute."""
+
 _BUDGET, _SCORE = "step", "score"
 
 
@@ -99,18 +103,16 @@ def run_trial(settings: dict[str, Any], *, stage: Stage, debug: bool) -> None:
     began = time.time()
     from rich.console import Console
 
+    from orchestrator.runs import when_free
     from orchestrator.train import Stopwatch, recorded, train
 
     experiment = stage.experiment(stage.point_of(settings))
     watch = Stopwatch(began)
     report = TuneReport(stage.sweep.sweep.rank_by, steps=experiment.steps)
     report.tell_all(recorded(experiment), before=experiment.steps)  # what this run measured before a restart
-    train(
-        experiment,
-        console=Console(file=io.StringIO()),
-        watch=watch,
-        debug=debug,
-        tags=stage.tags,
-        callbacks=[report],
+    console = Console(file=io.StringIO())  # the sweep's driver says how it goes
+    when_free(
+        lambda: train(experiment, console=console, watch=watch, debug=debug, tags=stage.tags, callbacks=[report]),
+        patience_s=LET_GO_S,
     )
     report.tell_all(recorded(experiment))

@@ -38,7 +38,7 @@ failure: {{retries: 0}}
 
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`train` and `selection` (24 images each) and `heldout` (6): quarters of noise of different grain, so that there is something to find."""
+    """`train` and `selection` (24 images each), `heldout` (6): quarters of noise of different grain, so that there is something to find."""
     root = tmp_path_factory.mktemp("datasets")
     rng = np.random.default_rng(0)
     uris = {}
