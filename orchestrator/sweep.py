@@ -345,13 +345,13 @@ def tune_trials(
         )
         restored: Any = tuner._local_tuner
         restored._run_config.callbacks = [progress]  # the old driver's console is not ours
+        if folder == "search":
+            restored._tune_config.scheduler = _informed(stage, where, run)
     else:
         tuner = tune.Tuner(
             trainable,
             param_space={POINT: tune.grid_search(points)} if points is not None else None,
             tune_config=tune.TuneConfig(
-                metric="score",
-                mode="max",
                 search_alg=None if points is not None else _optuna(stage),
                 scheduler=_stopper(stage) if folder == "search" else None,
                 num_samples=1 if points is not None else stage.sweep.sweep.trials,
@@ -410,18 +410,41 @@ def _optuna(stage: Stage) -> Any:
 def _stopper(stage: Stage) -> Any:
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
+    common: Any = {"time_attr": "step", "metric": "score", "mode": "max"}
     match stage.sweep.sweep.stopper:
         case AshaConfig() as asha:
             steps = stage.experiment({}).steps
-            return ASHAScheduler(
-                time_attr="step", max_t=steps, grace_period=asha.first_step, reduction_factor=asha.reduction
-            )
+            return ASHAScheduler(**common, max_t=steps, grace_period=asha.first_step, reduction_factor=asha.reduction)
         case MedianConfig() as median:
             return MedianStoppingRule(
-                time_attr="step", grace_period=median.first_step, min_samples_required=median.least_trials
+                **common, grace_period=median.first_step, min_samples_required=median.least_trials
             )
         case _:
             return FIFOScheduler()
+
+
+@dataclass(frozen=True)
+class _Past:
+    """A trial of an earlier driver, as a stopper sees it."""
+
+    trial_id: str
+
+
+def _informed(stage: Stage, where: str, run: Run) -> Any:
+    """A stopper that knows the trials which ended under earlier drivers; Tune keeps what its searcher knows, not this."""
+    from ray import tune
+
+    stopper = _stopper(stage)
+    for ended in tune.ExperimentAnalysis(where, storage_filesystem=run.filesystem).trials or []:
+        if ended.status != "TERMINATED":  # what is resumed tells its evaluations again itself
+            continue
+        trial = trial_of(stage, stage.point_of(ended.config), reason=None, interrupted=False)
+        stand_in: Any = _Past(trial.run_name)
+        stopper.on_trial_add(None, stand_in)
+        for step in sorted(trial.evaluations):
+            report = {"step": step, "score": trial.score_at(step), "training_iteration": step}
+            stopper.on_trial_result(None, stand_in, report)
+    return stopper
 
 
 def show_sweep(outcome: SweepOutcome, *, console: Any) -> None:
