@@ -37,8 +37,8 @@ from tests.chaos.conftest import (  # noqa: E402
 )
 from workloads.data.ledger import read_ledger  # noqa: E402
 
-LENGTH = 240
-IN_ITS_COURSE_S = 30.0
+LENGTH = 160
+IN_ITS_COURSE_S = 20.0
 ELASTIC = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.threads_per_worker=1")
 
 
