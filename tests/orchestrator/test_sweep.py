@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from orchestrator.cli import run
 from orchestrator.load import load_experiment, load_sweep
 from orchestrator.promote import Gate, parse_gate
-from orchestrator.sweep import check_sweep
+from orchestrator.sweep import _optuna, check_sweep, search_stage
 from tests.orchestrator.conftest import write_experiment
 from workloads.config import ConfigError
 
@@ -273,20 +273,24 @@ def test_the_champion_loads_where_only_torch_and_mlflow_are_and_scores_the_same(
     assert float(read.stdout.split()[-1]) == pytest.approx(logged, abs=1e-6)
 
 
-def test_optuna_with_median_stopping_over_trials_of_two_workers(tmp_path: Path, datasets: dict[str, str]):
-    path = write_sweep(tmp_path, datasets)
-    given = [
-        *("sweep.searcher={kind: optuna, random_trials: 1}", "sweep.stopper={kind: median, first_step: 4}"),
-        *("sweep.space.micro_batch_size=null", "sweep.space.backbone.norm=null", "sweep.final_seeds=0"),
-        "sweep.space.objective.temperature={kind: loguniform, low: 0.05, high: 0.5}",
-        *("sweep.trials=3", "scaling.num_workers=2", "tracking.run_name=optuna"),
-    ]
-    assert run(["sweep", str(path), *given]) == 0
-    rows = list(csv.DictReader((tmp_path / "runs" / "optuna" / "report" / "leaderboard.csv").read_text().splitlines()))
-    assert len(rows) == 3 and all(row["outcome"] in ("finished", "stopped early") for row in rows)
-    assert "0.1" in [row["objective.temperature"] for row in rows]  # the start, asked for first
-    assert len({row["objective.temperature"] for row in rows}) == 3
-    assert all(0.05 <= float(row["objective.temperature"]) <= 0.5 for row in rows)
+def test_optuna_learns_and_remembers(tmp_path: Path, datasets: dict[str, str]):
+    """The searcher as Tune drives it, stored and restored half-way: the start first, then other points of the space."""
+    space = "sweep.space.objective.temperature={kind: loguniform, low: 0.05, high: 0.5}"
+    given = [space, "sweep.searcher={kind: optuna, random_trials: 2}"]
+    stage = search_stage(load_sweep(str(write_sweep(tmp_path, datasets)), given), name="optuna", parent=None)
+    searcher, points = _optuna(stage), []
+    for number in range(12):
+        point = stage.point_of(searcher.suggest(str(number)))
+        points.append(point)
+        searcher.on_trial_complete(str(number), {"score": -abs(point["objective.temperature"] - 0.3)})
+        if number == 5:
+            searcher.save(str(tmp_path / "searcher"))
+            searcher = _optuna(stage)
+            searcher.restore(str(tmp_path / "searcher"))
+    assert points[0] == stage.space.start()
+    assert len({json.dumps(point) for point in points}) == 12
+    late = [abs(point["objective.temperature"] - 0.3) for point in points[8:]]
+    assert sorted(late)[1] < 0.1, points
 
 
 @pytest.mark.parametrize(
