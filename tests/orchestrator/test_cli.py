@@ -90,10 +90,10 @@ def test_the_science_skips_what_the_orchestrator_adds() -> None:
     import dataclasses
 
     from orchestrator.load import EXPERIMENTS
-    from orchestrator.spec import TrainExperiment
+    from orchestrator.spec import SweepExperiment
     from workloads.spec import ORCHESTRATOR_SECTIONS, PretrainConfig, load_pretrain
 
-    added = {field.name for field in dataclasses.fields(TrainExperiment)}
+    added = {field.name for field in dataclasses.fields(SweepExperiment)}
     added -= {field.name for field in dataclasses.fields(PretrainConfig)}
     assert added == set(ORCHESTRATOR_SECTIONS)
     for path in EXPERIMENTS.glob("*.yaml"):

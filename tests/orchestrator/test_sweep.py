@@ -66,8 +66,9 @@ class Swept:
     def __init__(self, folder: Path, datasets: dict[str, str]) -> None:
         self.folder, self.file = folder, write_sweep(folder, datasets)
         command = [sys.executable, "-m", "orchestrator", "sweep", str(self.file)]
+        alone = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
         with (folder / "first.log").open("wb") as log:
-            driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=alone)
         try:
             until(lambda: (self.finished() and self.second_has_a_checkpoint()) or driver.poll() is not None)
             assert driver.poll() is None, (folder / "first.log").read_text()
@@ -76,9 +77,10 @@ class Swept:
                 os.killpg(driver.pid, signal.SIGKILL)
             driver.wait()
         self.before = journals(folder)
-        self.refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        self.refused = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
         with (folder / "second.log").open("wb") as log:
-            self.code = subprocess.run([*command, "--resume"], stdout=log, stderr=log, timeout=500).returncode
+            resume = [*command, "--resume"]
+            self.code = subprocess.run(resume, stdout=log, stderr=log, timeout=500, env=alone).returncode
         self.output = (folder / "second.log").read_text()
         self.client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
         everything = [experiment.experiment_id for experiment in self.client.search_experiments()]
