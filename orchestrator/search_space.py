@@ -239,15 +239,15 @@ class SearchSpace:
         """The first swept key whose own value is outside its domain."""
         return next((key for key, value in self.start().items() if not self.domains[key].holds(value)), None)
 
-    def random(self, count: int, *, seed: int) -> list[Point]:
-        """`count` points; the n-th does not depend on how many there are. Grids are gone through in turn."""
+    def random(self, count: int, *, seed: int, known: Sequence[Point] = ()) -> list[Point]:
+        """`count` points other than those `known`; the n-th does not depend on how many there are. Grids are gone through in turn."""
         grids = list(self._crossed({k: d for k, d in self.domains.items() if isinstance(d, GridConfig)}))
         points: list[Point] = []
         for number in range(count):
             for redraw in range(_REDRAWS):
                 generator = np.random.default_rng([seed, number, redraw])
                 point = self._drawn(generator, grids[number % len(grids)])
-                if point not in points:
+                if point not in points and point not in known:
                     break
             points.append(point)
         return points

@@ -190,7 +190,7 @@ def listed_points(experiment: SweepExperiment) -> list[Point] | None:
                 f"sweep.trials: the grid has {len(points)} points, more than {settings.trials} trials; thin it or allow more"
             )
         return points
-    return start + space.random(settings.trials - len(start), seed=settings.seed)
+    return start + space.random(settings.trials - len(start), seed=settings.seed, known=start)
 
 
 def search_stage(experiment: SweepExperiment, *, name: str, parent: str | None) -> Stage:

@@ -66,6 +66,8 @@ def test_a_small_space_is_not_drawn_twice_before_it_is_used_up():
     points = space_of(small, {}).random(4, seed=0)
     assert len({json.dumps(point, sort_keys=True) for point in points}) == 4
     assert len(space_of(small, {}).random(6, seed=0)) == 6
+    start = points[0]
+    assert start not in space_of(small, {}).random(3, seed=0, known=[start])
 
 
 def test_the_grid_crosses_everything_and_counts_inactive_differences_once():

@@ -123,8 +123,7 @@ def test_what_finished_is_not_repeated_and_the_rest_goes_on_from_its_checkpoint(
     for name, records in swept.before.items():
         assert after[name][: len(records)] == records
         steps = [r["step"] for r in after[name] if r["kind"] == "metrics" and "train/loss" in r["metrics"]]
-        if (swept.folder / "runs" / name / "finished.json").exists() and len(after[name]) > len(records):
-            resumed += 1
+        resumed += len(after[name]) > len(records)
         assert len(steps) == len(set(steps)), f"{name} logged a step twice"
     assert resumed >= 1 and ended
 
@@ -217,15 +216,18 @@ def test_promotion_needs_its_gates_and_a_gain_and_can_be_taken_back(swept: Swept
     assert run(["promote", name, *swept.tracking]) == 1
     assert "is this run's model already" in capsys.readouterr().err
 
-    others = [r for r in swept.stage("final") if r.info.run_id != version.run_id]
-    if others:  # the start did not win
-        other = others[0].info.run_name
-        assert run(["promote", other, *swept.tracking]) == 1
-        assert "is not above 0 beyond its interval" in capsys.readouterr().err
-        assert run(["promote", other, "--force", *swept.tracking]) == 0
-        assert swept.client.get_model_version_by_alias("tiny", "champion").run_id == others[0].info.run_id
-        assert run(["promote", "--rollback", "--model", "tiny", *swept.tracking]) == 0
-        assert swept.client.get_model_version_by_alias("tiny", "champion").version == version.version
+    store = [f"tracking.uri={swept.tracking[1]}", f"storage.path={swept.folder}/runs"]
+    assert run(["train", str(swept.file), "seed=7", "steps=10", "tracking.run_name=other", *store]) == 0
+    assert run(["promote", "other", *swept.tracking]) == 1
+    assert "is not above 0 beyond its interval" in capsys.readouterr().err
+    assert run(["promote", "other", "--force", *swept.tracking]) == 0
+    promoted = swept.client.get_model_version_by_alias("tiny", "champion")
+    assert promoted.tags["run.name"] == "other" and "promotion.forced_over" in promoted.tags
+    assert run(["promote", "--rollback", "--model", "tiny", *swept.tracking]) == 0
+    assert swept.client.get_model_version_by_alias("tiny", "champion").version == version.version
+    trial = swept.stage("search")[0].info.run_name
+    assert run(["promote", trial, *swept.tracking]) == 2
+    assert "has no model" in capsys.readouterr().err
     assert run(["promote", "--rollback", "--model", "tiny", *swept.tracking]) == 2
     assert "no version had the alias before it" in capsys.readouterr().err
 
