@@ -6,8 +6,7 @@ Imports cost seconds of a core, so the actor by which workers wait for each othe
 import importlib
 import os
 
-ROLE = "ORCHESTRATOR_ROLE"
-WORKER = "worker"
+from orchestrator.spares import ROLE, WORKER
 
 _IMPORTED = {WORKER: ("orchestrator.ray_runtime", "workloads.loops.pretrain")}
 

@@ -33,9 +33,9 @@ class RayRuntime:
         *,
         progress_key: str,
         checkpoints: CheckpointStore,
-        patience_s: float = 300.0,
+        patience_s: float,
         watch_preemption: bool,
-        spare: bool = False,
+        spare: bool,
     ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()

@@ -14,12 +14,12 @@ def on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int | None = None) -> None:
+def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int = 1) -> None:
     """Join the cluster of RAY_ADDRESS, else start one inside this process; does nothing if this process has joined one.
 
     Args:
         uri: of the tracking store.
-        trials: of a sweep, at the same time; a Ray of our own is made for so many. None: there is no sweep.
+        trials: of a sweep, at the same time; a Ray of our own is made for so many.
 
     Raises:
         ConfigError: the cluster is too small for what `scaling` asks.
@@ -61,7 +61,7 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int
         ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **common)
         return check_resources(experiment)
     # Logical CPUs: a machine with fewer still runs, slower. Nothing else of Ray is needed inside one process.
-    wanted = (trials or 1) * scaling.most_workers * scaling.cpus_per_worker
+    wanted = trials * scaling.most_workers * scaling.cpus_per_worker
     ray.init(address="local", num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, **common)
     return check_resources(experiment)
 

@@ -119,7 +119,7 @@ class ControllerSpare(WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Order it when the workers have had the cores for their own start."""
-        order_later(after_s=_AFTER_START_S)
+        order_later(_AFTER_START_S)
 
 
 class EmbeddedScaling(FixedScalingPolicy):

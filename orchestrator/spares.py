@@ -16,7 +16,9 @@ from typing import Any
 _KEPT_S = 24 * 3600
 _TIMEOUT_S = 10.0
 
-WORKER_ENVIRONMENT = {"env_vars": {"ORCHESTRATOR_ROLE": "worker"}}
+ROLE, WORKER = "ORCHESTRATOR_ROLE", "worker"
+
+WORKER_ENVIRONMENT = {"env_vars": {ROLE: WORKER}}
 """The `runtime_env` of workers: it makes `preload` import what they need, and tells their spares from others'."""
 
 
@@ -54,9 +56,9 @@ def order_first(workers: int) -> None:
     order(workers, environment=RuntimeEnv(env_vars=inherited | WORKER_ENVIRONMENT["env_vars"]).serialize())
 
 
-def order_later(count: int = 1, *, after_s: float = 0.0) -> None:
-    """As `order`, from a thread, in a while."""
-    timer = threading.Timer(after_s, order, (count,))
+def order_later(after_s: float = 0.0) -> None:
+    """Order one process like this one, from a thread, in a while."""
+    timer = threading.Timer(after_s, order)
     timer.daemon = True
     timer.start()
 

@@ -172,9 +172,7 @@ def train(
             with watch.phase("ray"):
                 start_ray(experiment, uri=uri, debug=debug)
                 if not on_cluster() and not _is_trial():
-                    order_first(
-                        experiment.scaling.most_workers + 2
-                    )  # the workers, the controller, and what they wait by
+                    order_first(experiment.scaling.most_workers)
             if not _is_trial():  # its sweep has reached the store, and its workers need not wait
                 with watch.phase("tracking_wait"):
                     _wait_connected(connected, uri)
