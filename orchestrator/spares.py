@@ -10,6 +10,7 @@ as a Ray of our own is; elsewhere a spare saves the start of the process, but no
 
 import contextlib
 import importlib
+import json
 import threading
 from typing import Any
 
@@ -53,7 +54,9 @@ def order_first(workers: int) -> None:
     told = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
     inherited = get_env_vars_to_propagate() | told
     order(2, environment=RuntimeEnv(env_vars=inherited).serialize())  # the controller, and what workers wait by
-    order(workers, environment=RuntimeEnv(env_vars=inherited | WORKER_ENVIRONMENT["env_vars"]).serialize())
+    workers_own = {"env_vars": inherited | WORKER_ENVIRONMENT["env_vars"]}
+    # Nodes compare environments as text, and Ray writes one that is merged with its parent's without spaces.
+    order(workers, environment=json.dumps(workers_own, sort_keys=True, separators=(",", ":")))
 
 
 def order_later(after_s: float = 0.0) -> None:

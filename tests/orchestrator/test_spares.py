@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 SCRIPT = """
-    import json, os, sys, time
+    import contextlib, json, os, sys, time
     from orchestrator.spares import WORKER_ENVIRONMENT, importing, order
     os.environ.update(importing())
     import psutil, ray
@@ -23,7 +23,12 @@ SCRIPT = """
             order()
 
     def idle():
-        return {p.pid for p in psutil.Process().children(recursive=True) if p.cmdline()[:1] == ["ray::IDLE"]}
+        found = set()
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended
+                if process.cmdline()[:1] == ["ray::IDLE"]:
+                    found.add(process.pid)
+        return found
 
     def actor(environment):
         return ray.remote(num_cpus=0, runtime_env=environment)(Actor).remote()
@@ -60,3 +65,53 @@ def test_an_ordered_process_is_taken_by_the_actor_of_its_environment():
     assert found["mine"]["modules"] == ["torchvision", "orchestrator.ray_runtime", "ray.train"]
     assert found["other"]["modules"] == ["ray.train"]  # only workers import what workers need
     assert found["heir"]["pid"] in found["again"]
+
+
+TRAINING = """
+    import contextlib, json, os, pathlib, tempfile, time
+    from orchestrator.spares import WORKER_ENVIRONMENT, importing, order_first
+    os.environ.update(importing() | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"})  # Ray Train passes such variables on
+    import psutil, ray, ray.train
+    from ray.train.torch import TorchTrainer
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+    def idle():
+        found = set()
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended
+                if process.cmdline()[:1] == ["ray::IDLE"]:
+                    found.add(process.pid)
+        return found
+
+    order_first(2)
+    deadline = time.monotonic() + 90
+    while len(idle()) < 4 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    ordered = idle()
+
+    def worker(place):
+        pathlib.Path(place, f"pid-{ray.train.get_context().get_world_rank()}").write_text(str(os.getpid()))
+
+    with tempfile.TemporaryDirectory() as storage:
+        TorchTrainer(
+            worker,
+            train_loop_config=storage,
+            scaling_config=ray.train.ScalingConfig(num_workers=2),
+            run_config=ray.train.RunConfig(storage_path=storage, worker_runtime_env=WORKER_ENVIRONMENT),
+        ).fit()
+        workers = sorted(int(path.read_text()) for path in pathlib.Path(storage).glob("pid-*"))
+    print(json.dumps({"ordered": sorted(ordered), "workers": workers, "left": sorted(idle() & ordered)}))
+"""
+
+
+def test_what_a_run_orders_first_is_what_its_processes_take():
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TRAINING)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["ordered"]) == 4  # the controller, what workers wait by, two workers
+    assert len(found["workers"]) == 2
+    assert set(found["workers"]) < set(found["ordered"])
+    assert found["left"] == []
