@@ -1,32 +1,23 @@
 """The `orchestrator` command. Exit codes: 0 done, 1 the run failed, 2 the request was wrong."""
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
+
+from orchestrator import credentials
+from orchestrator.cli_cluster import cluster_app, submit_app
+from orchestrator.terminal import Debug, Overrides, console, counting, explained
 
 # torch, Ray and MLflow are imported inside the commands: `--help` and a mistyped name must not wait for them.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and describe datasets of Parquet shards.")
 app.add_typer(data_app, name="data")
+app.add_typer(cluster_app, name="cluster")
+app.add_typer(submit_app, name="submit")
 
 _ABSENT: Any = object()
-_EXPLAINED = {
-    "CalibrationError",
-    "ComparisonError",
-    "EvaluationError",
-    "PromotionRefusedError",
-    "SweepError",
-    "TrackingError",
-    "TrainingError",
-}
-"""Errors whose message is a sentence for people."""
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys to override.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the workers' own output.")]
 
 
 def main() -> None:
@@ -36,6 +27,7 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    credentials.read()
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -52,30 +44,6 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
 
 
-@contextlib.contextmanager
-def _explained(debug: bool) -> Iterator[None]:
-    """Turn the errors that a user can cause into one sentence and an exit code."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        names = {cls.__name__ for cls in type(error).__mro__}
-        is_request = bool(names & {"ConfigError", "DataError", "PlanError"})
-        known = is_request or bool(names & _EXPLAINED)
-        text = " ".join(str(error).split())
-        typer.echo(f"error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}", err=True)
-        raise typer.Exit(2 if is_request else 1) from None
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
 @app.command()
 def train(
     experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
@@ -84,7 +52,7 @@ def train(
 ) -> None:
     """Pretrain: `orchestrator train anchor_ntxent_caltech data.uri=shards scaling.num_workers=2`."""
     began = process_start()
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.load import load_experiment
 
         loading = time.time()
@@ -94,7 +62,7 @@ def train(
 
         watch = Stopwatch(began)
         watch.timings |= {"startup/interpreter_s": loading - began, "startup/imports_s": time.time() - loading}
-        outcome = run_training(loaded, console=_console(), watch=watch, debug=debug)
+        outcome = run_training(loaded, console=console(), watch=watch, debug=debug)
         typer.echo(last_line(outcome.run_id, outcome.address, outcome.metrics))
 
 
@@ -114,14 +82,14 @@ def plan(
 
     The few steps that it measures are one worker's share, in a process of its own; nothing else is started.
     """
-    with _explained(debug):
+    with explained(debug):
         from pathlib import Path
 
         from orchestrator.load import load_experiment, load_sweep
         from orchestrator.plan import Plan, SweepPlan, plan_run, plan_sweep
 
         found: Plan | SweepPlan
-        with _console().status("measuring a few steps" if calibrate else "counting"):
+        with console().status("measuring a few steps" if calibrate else "counting"):
             if sweep:
                 found = plan_sweep(load_sweep(experiment, overrides or []), calibrate=calibrate, price=price)
             else:
@@ -145,15 +113,15 @@ def sweep(
 
     `orchestrator sweep NAME sweep.trials=20 sweep.space.objective.temperature='{kind: loguniform, low: 0.03, high: 0.3}'`
     """
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.load import load_sweep
 
         loaded = load_sweep(experiment, overrides or [])
         from orchestrator.sweep import show_sweep
         from orchestrator.sweep import sweep as run_sweep
 
-        console = _console()
-        show_sweep(run_sweep(loaded, console=console, resume=resume, debug=debug), console=console)
+        shown = console()
+        show_sweep(run_sweep(loaded, console=shown, resume=resume, debug=debug), console=shown)
 
 
 @app.command()
@@ -177,7 +145,7 @@ def promote(
 
     It must pass every gate, and find more than the model that has the alias now, on the same crops, beyond the interval.
     """
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.promote import parse_gate, roll_back
         from orchestrator.promote import promote as promote_run
         from workloads.config import ConfigError
@@ -225,7 +193,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure SGA, RIGA and GAP-R of a run's model and log them to the same run."""
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.evaluate import evaluate_run
 
         result = evaluate_run(run, overrides or [], data=data, tracking_uri=tracking_uri)
@@ -240,7 +208,7 @@ def experiments(
     debug: Debug = False,
 ) -> None:
     """List the experiments that come with the package, or every key of one with its value and meaning."""
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.load import has_sweep, list_experiments, load_experiment, load_sweep
 
         if name is None:
@@ -268,13 +236,13 @@ def demo(
 ) -> None:
     """Draw scenes, shard them, pretrain a few minutes on this machine, and evaluate."""
     began = process_start()
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.demo import run_demo, run_sweep_demo
 
         if sweep:
-            run_sweep_demo(output, overrides or [], console=_console(), debug=debug)
+            run_sweep_demo(output, overrides or [], console=console(), debug=debug)
             return
-        run_demo(output, overrides or [], began=began, console=_console(), debug=debug)
+        run_demo(output, overrides or [], began=began, console=console(), debug=debug)
 
 
 @data_app.command("build")
@@ -292,7 +260,7 @@ def data_build(
 
     Without an address it runs in this process on all cores; with one, on Ray Data over the cluster.
     """
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.ingest import build_parts, connect_ray
         from workloads.config import apply_overrides, build, parse_overrides
         from workloads.data.shards import BuildConfig
@@ -301,35 +269,13 @@ def data_build(
         config = build(BuildConfig, apply_overrides(given, parse_overrides(overrides or [])))
         if address:
             connect_ray(address)
-        with _counting("images") as progress:
+        with counting("images") as progress:
             manifests = build_parts(config, progress=progress, on_ray=bool(address))
         for part, manifest in manifests.items():
             typer.echo(
                 f"{part + ': ' if part else ''}{manifest.num_images} images in {len(manifest.shards)} shards, "
                 f"{manifest.rejects.rows} rejects, manifest {manifest.sha256}"
             )
-
-
-@contextlib.contextmanager
-def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, else a line every ten seconds."""
-    console = _console()
-    if not console.is_terminal:
-        shown = time.monotonic()
-
-        def plain(done: int, total: int) -> None:
-            nonlocal shown
-            if time.monotonic() - shown >= 10 or done == total:
-                shown = time.monotonic()
-                console.print(f"{what} {done}/{total}", highlight=False)
-
-        yield plain
-        return
-    from rich.progress import Progress
-
-    with Progress(console=console) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @data_app.command("verify")
@@ -339,10 +285,10 @@ def data_verify(
     debug: Debug = False,
 ) -> None:
     """Read every byte again: hashes, row counts, and whether images decode."""
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.inspect_data import verify_dataset
 
-        with _counting("images") as progress:
+        with counting("images") as progress:
             report = verify_dataset(uri, progress=progress, decode_share=decode_share)
         typer.echo(report)
 
@@ -358,7 +304,7 @@ def data_stats(
     debug: Debug = False,
 ) -> None:
     """Counts, sizes and rejects of a dataset."""
-    with _explained(debug):
+    with explained(debug):
         from orchestrator.inspect_data import dataset_stats, draw_stats, log_stats
 
         stats = dataset_stats(uri)

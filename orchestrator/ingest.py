@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from orchestrator import object_store
+from orchestrator import credentials, object_store
 from orchestrator.locks import hold
+from orchestrator.ray_session import join
 from workloads.config import to_dict
 from workloads.data.filesystems import DataError, read_bytes, resolve_uri, with_retries
 from workloads.data.manifest import (
@@ -211,14 +212,10 @@ def execute_on_ray(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTa
         return
     ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows images, Ray would show blocks
     rows = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(tasks)]
-    # Workers on other nodes need the address and the credentials of the object store that this process has.
-    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    place: dict[str, Any] = {"runtime_env": {"env_vars": aws}} if aws else {}
     written = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _run_pickled,
         num_cpus=tasks[0].threads,
         memory=64 * tasks[0].build.row_group_bytes,
-        **place,
     )
     for row in written.iter_rows():
         task = tasks[row["number"]]
@@ -294,7 +291,9 @@ def connect_ray(address: str) -> None:
 
     if not ray.is_initialized():
         dashboard = False if address == "local" else None
-        ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+        # Other nodes need the address and the credentials of the object store that this process has.
+        stores = credentials.gather(os.environ, s3=True)
+        join(address, stores, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _without_duplicates(

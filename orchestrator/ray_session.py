@@ -2,8 +2,10 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
+from orchestrator import credentials
 from orchestrator.spares import importing
 from orchestrator.spec import TrainExperiment
 from workloads.config import ConfigError
@@ -12,6 +14,13 @@ from workloads.config import ConfigError
 def on_cluster() -> bool:
     """Whether this process joins a cluster (a submitted job has RAY_ADDRESS set) rather than starting a Ray of its own."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def is_trial() -> bool:
+    """Whether this process is a sweep's trial, an actor, rather than a driver."""
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int = 1) -> None:
@@ -57,13 +66,30 @@ def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int
         # For the whole job, since Ray's controller reads the run's storage as the workers do. A submitted job has an
         # environment of its own, where this process got the same values from: what is given here wins.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        environment = {"env_vars": job_environment(experiment, uri)}
-        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **common)
+        join(os.environ["RAY_ADDRESS"], job_environment(experiment, uri), **common)
         return check_resources(experiment)
     # Logical CPUs: a machine with fewer still runs, slower. Nothing else of Ray is needed inside one process.
     wanted = trials * scaling.most_workers * scaling.cpus_per_worker
     ray.init(address="local", num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, **common)
     return check_resources(experiment)
+
+
+def join(address: str, variables: Mapping[str, str], **options: Any) -> None:
+    """Join the cluster at `address`; every process of the job gets `variables`, and no log of Ray's those that are secret.
+
+    Args:
+        options: of `ray.init`.
+    """
+    import ray
+
+    seen, secret = credentials.divide(variables)
+    environment: dict[str, Any] = {"env_vars": seen}
+    if secret:
+        promised, hook = credentials.promise()
+        environment = {"env_vars": seen | promised, "worker_process_setup_hook": hook}
+    ray.init(address=address, runtime_env=environment, **options)
+    if secret:
+        credentials.deliver(promised, secret)
 
 
 def check_resources(experiment: TrainExperiment) -> None:
@@ -88,15 +114,15 @@ def check_resources(experiment: TrainExperiment) -> None:
 
 def job_environment(experiment: TrainExperiment, uri: str) -> dict[str, str]:
     """Variables that Ray's processes get on purpose; on a cluster they share neither the driver's folder nor its environment."""
-    passed = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     return {
+        **credentials.gather(os.environ, s3=uses_s3(experiment)),
         "OMP_NUM_THREADS": str(experiment.scaling.threads),
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        **(passed if _uses_s3(experiment) else {}),
     }
 
 
-def _uses_s3(experiment: TrainExperiment) -> bool:
+def uses_s3(experiment: TrainExperiment) -> bool:
+    """Whether the run reads or writes an object store."""
     uris = (experiment.storage.path, experiment.data.uri, experiment.evaluation.uri or "")
     return any(uri.startswith("s3://") for uri in uris)

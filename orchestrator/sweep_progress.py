@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.fs as arrow_fs
 from ray.tune import Callback, Stopper
 
-from orchestrator.trial import Stage
+from orchestrator.trial import BUDGET, SCORE, Stage
 from workloads.data.filesystems import read_bytes
 
 _WRITE_EVERY_S = 10.0
@@ -61,15 +61,45 @@ class Deadline(Stopper):
 
 
 class SweepProgress(Callback):
-    """A bar over trials on a terminal, and a line for each evaluation and end of a trial."""
+    """A line for each trial, evaluation and failure; on a terminal a bar over the trials below them."""
 
     def __init__(self, stage: Stage, *, console: Any, total: int) -> None:
         self._stage, self._console, self._total = stage, console, total
         self._best: float | None = None
         self._numbers: dict[str, int] = {}
+        self._bar: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_stage": self._stage, "_console": None, "_total": self._total, "_best": None, "_numbers": {}}
+        # Tune stores its callbacks; a later driver has a console of its own.
+        return {
+            "_stage": self._stage,
+            "_console": None,
+            "_total": self._total,
+            "_best": None,
+            "_numbers": {},
+            "_bar": None,
+        }
+
+    def __enter__(self) -> "SweepProgress":
+        if self._console is not None and self._console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[best]}"), console=self._console)
+            self._bar.add_task("trials", total=self._total, best="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Move the bar; a continued sweep's begins with the trials that ended before."""
+        if self._bar is not None:
+            best = "" if self._best is None else f"best {self._best:.3f}"
+            self._bar.update(self._bar.task_ids[0], completed=sum(t.is_finished() for t in trials), best=best)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say which point begins."""
@@ -81,8 +111,8 @@ class SweepProgress(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Say what was measured."""
-        self._best = max(self._best or 0.0, result["score"])
-        told = f"step {result['step']}  score {result['score']:.3f}  (best {self._best:.3f})"
+        self._best = max(self._best or 0.0, result[SCORE])
+        told = f"step {result[BUDGET]}  score {result[SCORE]:.3f}  (best {self._best:.3f})"
         self._say(f"trial {self._number(trial)}/{self._total}  {told}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

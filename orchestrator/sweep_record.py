@@ -3,17 +3,18 @@
 import contextlib
 import logging
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.fs as arrow_fs
 
 from orchestrator.leaderboard import Comparison, Trial, common_step, importance, leaderboard_rows, to_csv
+from orchestrator.run_record import settle
 from orchestrator.runs import Run, RunHeldError, when_free
 from orchestrator.spec import SweepExperiment
 from orchestrator.sweep_progress import Clock
 from orchestrator.track import MlflowSink, artifact_root, page_address, sweep_header, tracking_uri, without_secrets
-from orchestrator.train import settle
 from orchestrator.trial import LET_GO_S, Stage
 from workloads.config import config_hash, to_dict, to_yaml
 from workloads.reports.sweeps import draw_effects, draw_parallel_coordinates
@@ -124,7 +125,6 @@ class SweepRecord:
                 figures |= {
                     f"sweep/final/{name}/{what}": getattr(suite, what) for what in ("difference", "low", "high")
                 }
-        self._sink.log_figures(figures)
         place = f"{self._run.folder}/report"
         self._run.filesystem.create_dir(place, recursive=True)
         arrow_fs.copy_files(
@@ -133,7 +133,11 @@ class SweepRecord:
             source_filesystem=arrow_fs.LocalFileSystem(),
             destination_filesystem=self._run.filesystem,
         )
-        self._sink.set_tags({"sweep.best_run": best.run_name} | self._winner(comparison))
+        tags = {"sweep.best_run": best.run_name} | self._winner(comparison)
+        now = {"time_ms": int(1000 * time.time())}
+        self._sink.write(
+            [{"kind": "metrics", "step": 0, "metrics": figures, **now}, {"kind": "tags", "tags": tags, **now}]
+        )
         return f"{self._experiment.storage.path.rstrip('/')}/{self._run.name}/report"
 
     def _winner(self, comparison: Comparison | None) -> dict[str, str]:

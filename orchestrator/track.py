@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 import threading
-import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +165,9 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Models are logged with their schema; MLflow asks for annotations all the same.
+    warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method", category=UserWarning)
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
@@ -335,18 +338,6 @@ class MlflowSink:
         """Keep the files of a local folder among the run's artifacts, in `place`."""
         self._client.log_artifacts(self.open(), str(folder), place)
 
-    def log_figures(self, figures: Mapping[str, float]) -> None:
-        """Log metrics that have no step, in place of earlier ones."""
-        from mlflow.entities import Metric
-
-        stamp = int(time.time() * 1000)
-        self._client.log_batch(self.open(), metrics=[Metric(k, float(v), stamp, 0) for k, v in figures.items()])
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run."""
-        for key, value in tags.items():
-            self._client.set_tag(self.open(), key, value)
-
     def share_view(self, key: str, *, columns: Sequence[str], order_by: str, query: str) -> str:
         """Keep a view of the experiment's table of runs in MLflow, as its own "share" button does; returns where it opens.
 
@@ -409,13 +400,21 @@ _LOCAL = arrow_fs.LocalFileSystem()
 
 def page_address(uri: str, page: str) -> str:
     """Where people open a page of MLflow: on its server, or on the one that the command starts for a local store."""
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         return f"{without_secrets(uri).rstrip('/')}/{page}"
-    return f"mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000/{page}"
+    return f"{_local_server(uri)}   then http://127.0.0.1:5000/{page}"
 
 
 def run_address(uri: str, experiment_id: str, run_id: str) -> str:
     """Where people look at the run: a server's page, or the command that opens a local store."""
-    if uri.startswith(("http://", "https://")):
-        return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    page = f"#/experiments/{experiment_id}/runs/{run_id}"
+    return page_address(uri, page) if is_server(uri) else _local_server(uri)
+
+
+def is_server(uri: str) -> bool:
+    """Whether a tracking store is reached through a server of MLflow."""
+    return uri.startswith(("http://", "https://"))
+
+
+def _local_server(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {uri}"

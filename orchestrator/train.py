@@ -1,10 +1,10 @@
 """`orchestrator train`: check the request, start Ray, fit, keep the record, continue what failed in passing."""
 
-import asyncio
 import contextlib
+import json
 import logging
+import os
 import signal
-import tempfile
 import threading
 import time
 import uuid
@@ -15,18 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.failures import sentence, worker_cause
-from orchestrator.journal import (
-    Journal,
-    JournalArchive,
-    JournalDrain,
-    JournalReader,
-    Record,
-    parse_journal,
-    read_segments,
-)
-from orchestrator.ray_session import on_cluster, start_ray
-from orchestrator.runs import Run, begun_run, claim_run, finished_run, hold_run, mark_finished
-from orchestrator.spares import WORKER_ENVIRONMENT, order_first
+from orchestrator.journal import Journal, JournalDrain
+from orchestrator.ray_session import is_trial, on_cluster, start_ray
+from orchestrator.run_record import journal_of
+from orchestrator.runs import Run, claim_run, finished_run, hold_run, mark_finished
+from orchestrator.spares import order_first
 from orchestrator.spec import TrainExperiment
 from orchestrator.track import (
     MlflowSink,
@@ -39,7 +32,7 @@ from orchestrator.track import (
     without_secrets,
 )
 from workloads.checkpoint import CheckpointStore
-from workloads.config import ConfigError, to_dict
+from workloads.config import ConfigError
 
 if TYPE_CHECKING:
     from orchestrator.recovery import Attempts
@@ -79,7 +72,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Session:
+class Session:
     """What the phases of one `train` share."""
 
     experiment: TrainExperiment
@@ -153,7 +146,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold_run(experiment))
         run = claim_run(experiment, manifest_sha256=manifests["training"][1])
-        journal = stack.enter_context(_journal_of(experiment, run))
+        journal = stack.enter_context(journal_of(experiment, run))
         quiet_mlflow()
         sink = MlflowSink(
             run_header(experiment, run, manifests=manifests, tags=tags or {}),
@@ -171,13 +164,13 @@ def train(
             connected = pool.submit(sink.connect)
             with watch.phase("ray"):
                 start_ray(experiment, uri=uri, debug=debug)
-                if not on_cluster() and not _is_trial():
+                if not on_cluster() and not is_trial():
                     order_first(experiment.scaling.most_workers)
-            if not _is_trial():  # its sweep has reached the store, and its workers need not wait
+            if not is_trial():  # its sweep has reached the store, and its workers need not wait
                 with watch.phase("tracking_wait"):
                     _wait_connected(connected, uri)
         return _fit_and_record(
-            _Session(
+            Session(
                 experiment=experiment,
                 run=run,
                 sink=sink,
@@ -189,70 +182,6 @@ def train(
                 callbacks=callbacks,
             )
         )
-
-
-def recorded(experiment: TrainExperiment) -> list[Record]:
-    """The journal of a run as far as its storage has it; empty if the run never began."""
-    run = begun_run(experiment)
-    if run is None:
-        return []
-    if _is_local(experiment):
-        return JournalReader(_local_journal(run)).read()
-    return parse_journal(b"".join(read_segments(run.filesystem, f"{run.folder}/journal")), source=run.name)
-
-
-def _is_local(experiment: TrainExperiment) -> bool:
-    return "://" not in experiment.storage.path
-
-
-def _local_journal(run: Run) -> Path:
-    return Path(run.folder, "journal.jsonl")
-
-
-def settle(experiment: TrainExperiment, *, status: str, tags: Mapping[str, str]) -> str | None:
-    """End the record of a run that nobody drives any more: deliver the rest of its journal, set `tags` and `status`.
-
-    Returns:
-        The tracked run's id; None if the run never began, or has ended by itself.
-
-    Raises:
-        ConfigError: somebody drives it.
-    """
-    with hold_run(experiment):
-        run = begun_run(experiment)
-        if run is None or finished_run(run):
-            return None
-        header = run_header(
-            experiment, run, manifests={"training": (experiment.data.uri, run.manifest_sha256)}, tags=tags
-        )
-        sink = MlflowSink(
-            header,
-            uri=tracking_uri(experiment),
-            artifact_root=artifact_root(experiment),
-            filesystem=run.filesystem,
-            run_folder=run.folder,
-        )
-        with _journal_of(experiment, run) as journal:
-            sink.write([*JournalReader(journal).read(), {"kind": "tags", "tags": dict(tags)}])
-        sink.close(status)
-        return sink.run_id
-
-
-@contextlib.contextmanager
-def _journal_of(experiment: TrainExperiment, run: Run) -> Iterator[Path]:
-    """The run's journal on this machine: in the run's folder where that is local, else a copy that the storage follows."""
-    if _is_local(experiment):
-        yield _local_journal(run)
-        return
-    path = Path(tempfile.gettempdir(), f"orchestrator-{run.claim}", "journal.jsonl")
-    try:
-        archive = JournalArchive(path, run.filesystem, f"{run.folder}/journal").__enter__()
-    except OSError as error:
-        raise ConfigError(f"storage.path: {experiment.storage.path} cannot be read: {sentence(error)}") from None
-    try:
-        yield path
-    finally:
-        archive.__exit__()
 
 
 def _wait_connected(connected: "Future[None]", uri: str) -> None:
@@ -275,12 +204,13 @@ def check_request(experiment: TrainExperiment) -> dict[str, tuple[str, str]]:
     return manifests
 
 
-def _fit_and_record(session: _Session) -> TrainOutcome:
+def _fit_and_record(session: Session) -> TrainOutcome:
     import ray
 
     sink, experiment = session.sink, session.experiment
     began = {"kind": "tags", "time_ms": int(1000 * session.watch.began)}
-    Journal(session.journal).append({**began, "tags": {"ray.job_id": ray.get_runtime_context().get_job_id()}})
+    tags = {"ray.job_id": ray.get_runtime_context().get_job_id(), **_submission()}
+    Journal(session.journal).append({**began, "tags": tags})
     drain = JournalDrain(session.journal, sink)
     drain.start()
     status, ended = "FAILED", False
@@ -311,13 +241,19 @@ def _fit_and_record(session: _Session) -> TrainOutcome:
     return _outcome(session.run, sink, session.uri)
 
 
+def _submission() -> dict[str, str]:
+    """By which id this process was submitted as a job, if it was."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    return {"ray.submission_id": told["job_submission_id"]} if "job_submission_id" in told else {}
+
+
 def _outcome(run: Run, sink: MlflowSink, uri: str) -> TrainOutcome:
     run_id, metrics = sink.summary()
     address = run_address(uri, sink.experiment_id or "0", run_id)
     return TrainOutcome(run=run, run_id=run_id, address=address, metrics=metrics)
 
 
-def _fit_with_retries(session: _Session) -> None:
+def _fit_with_retries(session: Session) -> None:
     """Fit; what failed in passing is continued by name from its newest checkpoint, as `failures.decide` says."""
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
@@ -344,11 +280,12 @@ def _fit_with_retries(session: _Session) -> None:
             time.sleep(decision.wait_s)
 
 
-def _fit(session: _Session, attempts: "Attempts") -> None:
+def _fit(session: Session, attempts: "Attempts") -> None:
     with session.watch.phase("ray_train_imports"):
         from orchestrator.progress import ProgressWatcher, forget_stop
+        from orchestrator.trainer import make_trainer
 
-        trainer = _trainer(session, attempts)
+        trainer = make_trainer(session, attempts)
     forget_stop(session.run.claim)
     with ProgressWatcher(session.run.claim, console=session.console), _sigterm_stops(session.run.claim):
         try:
@@ -374,109 +311,3 @@ def _sigterm_stops(claim: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _is_trial() -> bool:
-    """Whether this process is a sweep's trial, an actor, rather than a driver."""
-    import ray
-
-    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
-
-
-def _run_controller_here(parts: Mapping[str, Any]) -> Any:
-    """Ray Train's controller in this process, which is a trial's: an actor more would cost a start and its imports."""
-    from ray.train.v2._internal.execution.controller import TrainController
-
-    controller = TrainController(**parts)
-    try:
-        asyncio.run(controller.run())
-    except SystemExit:  # Tune stops the trial; the process may serve the next one, so nothing may be left behind
-        if controller._worker_group is not None:
-            controller._worker_group.abort()
-        raise
-    return controller.get_result()
-
-
-def _trainer(session: _Session, attempts: "Attempts") -> Any:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from orchestrator.journal_callback import JournalCallback
-    from orchestrator.ray_runtime import train_worker
-    from orchestrator.recovery import (
-        ControllerPolicy,
-        ControllerSpare,
-        EmbeddedScaling,
-        LiveNodesScaling,
-        PreemptionThread,
-    )
-
-    api: Any = ray.train  # its annotations describe Train V1
-    worker: Any = train_worker
-
-    class Trainer(TorchTrainer):
-        """Without the actors that have nothing to do here: each costs a process, which two cores feel."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            parent: Any = super()
-            # Ray Data feeds no worker. And an embedded Ray ends with this process: nobody can lose its driver.
-            unused = {"DatasetsCallback"} | (set() if on_cluster() else {"PlacementGroupCleanerCallback"})
-            callbacks: list[Any] = parent._create_default_callbacks()
-            return [callback for callback in callbacks if type(callback).__name__ not in unused]
-
-        def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            parts["failure_policy"] = ControllerPolicy(self.run_config.failure_config, attempts)
-            scaling_config: Any = self.scaling_config
-            if session.experiment.scaling.is_elastic:
-                parts["scaling_policy"] = LiveNodesScaling(scaling_config)
-            elif not on_cluster():
-                parts["scaling_policy"] = EmbeddedScaling(scaling_config)
-            if _is_trial():
-                return _run_controller_here(parts)
-            parent: Any = super()
-            return parent._initialize_and_run_controller(**parts)
-
-    run, scaling = session.run, session.experiment.scaling
-    return Trainer(
-        worker,
-        train_loop_config=_job(session),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        scaling_config=api.ScalingConfig(
-            num_workers=scaling.num_workers,
-            elastic_resize_monitor_interval_s=scaling.resize_check_s,
-            use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if scaling.use_gpu else {})},
-            placement_strategy=scaling.placement,
-        ),
-        run_config=api.RunConfig(
-            name=run.name,
-            storage_path=run.storage_path,
-            storage_filesystem=run.filesystem,
-            worker_runtime_env=WORKER_ENVIRONMENT,
-            callbacks=[
-                JournalCallback(str(session.journal)),
-                *([PreemptionThread()] if on_cluster() else []),
-                *([ControllerSpare()] if session.experiment.failure.spare_processes else []),
-                *session.callbacks,
-            ],
-        ),
-    )
-
-
-def _job(session: _Session) -> dict[str, Any]:
-    """What a worker is told, in plain values."""
-    return {
-        "config": to_dict(session.experiment.science),
-        "niceness": session.experiment.scaling.niceness,
-        "threads": session.experiment.scaling.threads,
-        "progress_key": session.run.claim,
-        "storage": session.storage,
-        "keep_checkpoints": session.experiment.storage.keep_checkpoints,
-        "best_metric": session.experiment.storage.best_metric,
-        "patience_s": session.experiment.failure.patience_s,
-        "watch_preemption": on_cluster(),
-        "spare": session.experiment.failure.spare_processes,
-        "began": session.watch.began,
-        "timings": session.watch.timings,
-        "submitted": time.time(),
-    }

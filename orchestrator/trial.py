@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
+import ray.tune
+from rich.console import Console
 
 from orchestrator.journal import Record
+from orchestrator.run_record import recorded
+from orchestrator.runs import when_free
 from orchestrator.search_space import Point, SearchSpace
 from orchestrator.spec import SweepExperiment, TrainExperiment
+from orchestrator.train import Stopwatch, train
 from workloads.config import apply_overrides, build, config_hash, flatten, to_dict
 
 POINT = "point"
@@ -26,7 +31,8 @@ LET_GO_S = 150.0
 """How long a trial's process that was told to stop, or whose driver died, may hold its run; a lock in an object store outlives
 its process by a minute."""
 
-_BUDGET, _SCORE = "step", "score"
+BUDGET, SCORE = "step", "score"
+"""What a trial tells Tune at each evaluation: how far it is, and what it is ranked by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,23 +95,16 @@ class TuneReport(ray.train.UserCallback):
 
     def tell(self, figures: Mapping[str, Any]) -> None:
         """Report `figures` if they are an evaluation later than the last; ends the process's work if Tune says stop."""
-        import ray.tune
-
         score = score_of(figures, self._rank_by)
         if score is not None and (self.last is None or figures["step"] > self.last):
             self.last = int(figures["step"])
             named = {key: figures[key] for key in self._rank_by}
-            ray.tune.report({_SCORE: score, _BUDGET: self.last, **named})
+            ray.tune.report({SCORE: score, BUDGET: self.last, **named})
 
 
 def run_trial(settings: dict[str, Any], *, stage: Stage, debug: bool) -> None:
     """What Tune runs for each trial."""
     began = time.time()
-    from rich.console import Console
-
-    from orchestrator.runs import when_free
-    from orchestrator.train import Stopwatch, recorded, train
-
     experiment = stage.experiment(stage.point_of(settings))
     watch = Stopwatch(began)
     report = TuneReport(stage.sweep.sweep.rank_by, steps=experiment.steps)

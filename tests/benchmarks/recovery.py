@@ -169,9 +169,9 @@ def losses_of_data(folder: Path) -> dict[str, int]:
     trained: dict[int, Counter[str]] = {}
     for line in read_ledger(folder / "ledger"):
         trained.setdefault(line["epoch"], Counter()).update(i for i, _ in line["trained"])  # type: ignore[call-overload,attr-defined]
-    per_epoch = IMAGES // BATCH * BATCH
-    missing_epochs = LENGTH * BATCH // per_epoch - len(trained)
-    lost = sum(max(0, per_epoch - len(counts)) for counts in trained.values()) + missing_epochs * per_epoch
+    per_epoch, total = IMAGES // BATCH * BATCH, LENGTH * BATCH
+    wanted = {epoch: min(per_epoch, total - start) for epoch, start in enumerate(range(0, total, per_epoch))}
+    lost = sum(count - len(trained.get(epoch, ())) for epoch, count in wanted.items())
     return {"lost": lost, "duplicated": sum(sum(c - 1 for c in counts.values()) for counts in trained.values())}
 
 

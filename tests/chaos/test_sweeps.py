@@ -1,9 +1,17 @@
-"""A real sweep that learns: too long for every commit."""
+"""Real sweeps: too long for every commit."""
 
+import contextlib
 import csv
+import os
+import pty
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.cli import run
 from tests.orchestrator.conftest import datasets
@@ -27,3 +35,44 @@ def test_optuna_with_median_stopping_over_trials_of_two_workers(tmp_path: Path, 
     assert "0.1" in [row["objective.temperature"] for row in rows]  # the start, asked for first
     assert len({row["objective.temperature"] for row in rows}) == 3
     assert all(0.05 <= float(row["objective.temperature"]) <= 0.5 for row in rows)
+
+
+def test_a_sweep_that_is_stopped_by_hand_says_so_and_is_continued(tmp_path: Path, datasets: dict[str, str]):
+    path = write_sweep(tmp_path, datasets)
+    alone = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    given = ["sweep.final_seeds=0", "sweep.trials=2", "sweep.space.micro_batch_size=null", "tracking.run_name=stopped"]
+    command = [sys.executable, "-m", "orchestrator", "sweep", str(path), *given]
+    controller, terminal = pty.openpty()  # where there is a terminal, people also see a bar
+    with os.fdopen(controller, "rb", buffering=0) as screen:
+        driver = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=alone, start_new_session=True)
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal's end, on Linux
+            while part := screen.read(4096):
+                shown += part
+                if b"step 4" in shown and driver.poll() is None and b"^C" not in shown:
+                    os.killpg(driver.pid, signal.SIGINT)
+                    shown += b"^C"
+    assert driver.wait(60) == 1, shown.decode()
+    text = shown.decode()
+    assert "trials" in text and "0/2" in text  # the bar
+    assert "sweep stopped: stopped; --resume continues it" in " ".join(text.split())
+    assert "Traceback" not in text
+    runs = stages(tmp_path)
+    assert [run.info.status for run in runs["sweep"]] == ["KILLED"]
+    assert {run.info.status for run in runs["search"]} == {"KILLED"}
+
+    again = subprocess.run([*command, "--resume"], env=alone, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stdout + again.stderr
+    runs = stages(tmp_path)
+    assert [run.info.status for run in runs["sweep"]] == ["FINISHED"]
+    assert [run.info.status for run in runs["search"]] == ["FINISHED", "FINISHED"]
+
+
+def stages(folder: Path) -> dict[str, list[Any]]:
+    """The tracked runs of the sweep in `folder`, by what they are in it."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
+    found: dict[str, list[Any]] = {"sweep": [], "search": []}
+    for one in client.search_runs([e.experiment_id for e in client.search_experiments()]):
+        found[one.data.tags["sweep.stage"]].append(one)
+    return found

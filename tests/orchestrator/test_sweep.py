@@ -18,7 +18,8 @@ from mlflow import MlflowClient
 from orchestrator.cli import run
 from orchestrator.load import load_experiment, load_sweep
 from orchestrator.promote import Gate, parse_gate
-from orchestrator.sweep import _optuna, check_sweep, search_stage
+from orchestrator.sweep import check_sweep, search_stage
+from orchestrator.tuning import _optuna
 from tests.orchestrator.conftest import write_experiment
 from workloads.config import ConfigError
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -14,24 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from cluster.swift import KINDS, REQUIREMENTS, configure, make_environment, server_environment
+
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
-_LAUNCHER = Path(__file__).with_name("launch.py")
 
 
 def peer_environment(name: str, *requirements: str) -> Path:
     """The Python of a virtual environment with `requirements`, made on first use; skips the test where it cannot be made."""
     home = Path(os.environ.get("TEST_PEERS") or Path(__file__).parents[2] / "build" / "peers") / name
-    python = home / "bin" / "python"
-    done = home / "ready"
-    if not done.exists() or done.read_text() != " ".join(requirements):
-        try:
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True, capture_output=True)
-            pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *requirements]
-            subprocess.run(pip, check=True, capture_output=True, timeout=900)
-        except (subprocess.SubprocessError, OSError) as error:
-            pytest.skip(f"the environment of {name} cannot be made: {error}")
-        done.write_text(" ".join(requirements))
-    return python
+    try:
+        return make_environment(home, *requirements)
+    except (subprocess.SubprocessError, OSError) as error:
+        pytest.skip(f"the environment of {name} cannot be made: {error}")
 
 
 def free_port() -> int:
@@ -65,15 +58,14 @@ class S3Peer:
 @contextlib.contextmanager
 def run_s3_peer(folder: Path) -> Iterator[S3Peer]:
     """Swift's four servers, as long as the context lasts."""
-    python = peer_environment("swift", "swift==2.38.3", "setuptools<81")
-    ports = {kind: free_port() for kind in ("account", "container", "object", "proxy")}
-    swift_conf = _configure(folder, python, ports)
+    python = peer_environment("swift", *REQUIREMENTS)
+    ports = {kind: free_port() for kind in KINDS}
+    commands = configure(folder, python, ports=ports, access_key=ACCESS_KEY, secret_key=SECRET_KEY)
+    environment = {**os.environ, **server_environment()}
     processes = []
     try:
-        for kind in ports:
+        for kind, command in commands.items():
             with (folder / f"{kind}.log").open("wb") as log:
-                command = [str(python), str(_LAUNCHER), f"{kind}-server", str(folder / f"{kind}.conf"), str(swift_conf)]
-                environment = {**os.environ, "PYTHONPATH": str(_LAUNCHER.parent), "PYTHONWARNINGS": "ignore"}
                 processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         _wait(ports["proxy"], processes, folder)
         yield S3Peer(ports["proxy"])
@@ -97,71 +89,6 @@ def _wait(port: int, processes: list[subprocess.Popen], folder: Path) -> None:
         time.sleep(0.1)
     logs = "\n".join(path.read_text()[-800:] for path in folder.glob("*.log"))
     pytest.fail(f"the S3 peer did not start:\n{logs}")
-
-
-def _configure(folder: Path, python: Path, ports: dict[str, int]) -> Path:
-    import getpass
-
-    devices = folder / "devices"
-    (devices / "d1").mkdir(parents=True)
-    swift_conf = folder / "swift.conf"
-    swift_conf.write_text(
-        "[swift-hash]\nswift_hash_path_prefix = a\nswift_hash_path_suffix = b\n"
-        "[storage-policy:0]\nname = one\ndefault = yes\n"
-    )
-    common = (
-        f"bind_ip = 127.0.0.1\nworkers = 0\nuser = {getpass.getuser()}\nswift_dir = {folder}\nlog_level = WARNING\n"
-    )
-    for kind in ("account", "container", "object"):
-        (folder / f"{kind}.conf").write_text(
-            f"[DEFAULT]\n{common}bind_port = {ports[kind]}\ndevices = {devices}\nmount_check = false\n"
-            f"[pipeline:main]\npipeline = {kind}-server\n[app:{kind}-server]\nuse = egg:swift#{kind}\n"
-        )
-        builder = [str(python.parent / "swift-ring-builder"), str(folder / f"{kind}.builder")]
-        for step in (
-            ["create", "4", "1", "1"],
-            ["add", f"r1z1-127.0.0.1:{ports[kind]}/d1", "1"],
-            ["rebalance"],
-        ):
-            subprocess.run([str(python), *builder, *step], check=True, capture_output=True)
-    (folder / "proxy.conf").write_text(_PROXY.format(common=common, port=ports["proxy"]))
-    return swift_conf
-
-
-_PROXY = """[DEFAULT]
-{common}bind_port = {port}
-[pipeline:main]
-pipeline = catch_errors healthcheck cache listing_formats s3api tempauth bulk slo dlo versioned_writes copy proxy-server
-[app:proxy-server]
-use = egg:swift#proxy
-account_autocreate = true
-[filter:catch_errors]
-use = egg:swift#catch_errors
-[filter:healthcheck]
-use = egg:swift#healthcheck
-[filter:cache]
-paste.filter_factory = launch:cache_filter
-[filter:listing_formats]
-use = egg:swift#listing_formats
-[filter:s3api]
-use = egg:swift#s3api
-location = us-east-1
-s3_acl = false
-[filter:tempauth]
-use = egg:swift#tempauth
-user_test_tester = testing .admin
-[filter:bulk]
-use = egg:swift#bulk
-[filter:slo]
-use = egg:swift#slo
-[filter:dlo]
-use = egg:swift#dlo
-[filter:versioned_writes]
-use = egg:swift#versioned_writes
-allow_versioned_writes = true
-[filter:copy]
-use = egg:swift#copy
-"""
 
 
 class FaultyProxy:

@@ -1,4 +1,8 @@
-"""Start one Swift server; runs in the peer's own environment: `python launch.py KIND CONFIG SWIFT_CONF`."""
+"""One of Swift's servers, or the rings by which they find each other; runs in the environment that has Swift.
+
+python swift_server.py KIND-server CONFIG SWIFT_CONF
+python swift_server.py rings FOLDER account=PORT container=PORT object=PORT
+"""
 
 import sys
 import threading
@@ -49,8 +53,19 @@ def cache_filter(global_conf, **_):
     return factory
 
 
-def main():
-    kind, config, swift_conf = sys.argv[1:]
+def make_rings(folder, *ports):
+    """Each ring has one device, d1 of the server on loopback at this port."""
+    from swift.common.ring import RingBuilder
+
+    for kind, port in (text.split("=") for text in ports):
+        builder = RingBuilder(part_power=4, replicas=1, min_part_hours=1)
+        address = {"ip": "127.0.0.1", "port": int(port), "replication_ip": "127.0.0.1", "replication_port": int(port)}
+        builder.add_dev({"region": 1, "zone": 1, "device": "d1", "weight": 1.0, "meta": "", **address})
+        builder.rebalance()
+        builder.get_ring().save(f"{folder}/{kind}.ring.gz")
+
+
+def serve(kind, config, swift_conf):
     import swift.common.storage_policy
     import swift.common.utils
     import swift.common.wsgi
@@ -62,4 +77,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    what, *given = sys.argv[1:]
+    make_rings(*given) if what == "rings" else serve(what, *given)
