@@ -1,9 +1,10 @@
 # Targets: setup (the environment), demo (setup, then a few minutes' pretraining), test (what to run before every commit),
-# sweep-smoke OUT=DIR (a tiny sweep whose whole state lies under DIR), browser (MLflow's pages of one, in Chromium), chaos (kills, cuts off and fills up what a run needs; CHAOS='chaos and short' is CI's form).
+# sweep-smoke OUT=DIR (a tiny sweep whose whole state lies under DIR), browser (MLflow's pages of one, in Chromium),
+# jobs (submits jobs to a cluster on this machine), chaos (kills, cuts off and fills up what a run needs; CHAOS='chaos and short' is CI's form).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test sweep-smoke browser chaos
+.PHONY: setup demo test sweep-smoke browser jobs chaos
 setup: .venv/.installed
 
 # The stamp makes reruns instant; it is older than what it depends on when a pin or a dependency changed.
@@ -30,6 +31,9 @@ sweep-smoke: setup
 browser: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[orchestrator,test,browser]'
 	$(BIN)/python -m pytest tests/browser -m browser
+
+jobs: setup
+	$(BIN)/python -m pytest tests/cluster -m jobs
 
 CHAOS ?= chaos
 chaos: setup

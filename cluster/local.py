@@ -268,6 +268,7 @@ def _start(cluster: LocalCluster, node_environment: Mapping[str, str], say: Call
         say("the S3 store")
         endpoint = cluster.s3_endpoint
         _wait(cluster, "s3-proxy", deadline, lambda: _answers(f"{endpoint}/healthcheck"))
+        _make_bucket(cluster)
 
 
 def _environment(cluster: LocalCluster, extra: Mapping[str, str]) -> dict[str, str]:
@@ -326,20 +327,37 @@ def _swift(cluster: LocalCluster) -> dict[str, list[str]]:
     folder = Path(cluster.folder, "s3")
     folder.mkdir(exist_ok=True, mode=0o700)
     try:
-        python = swift.make_environment(Path(cluster.folder, "swift-environment"), *swift.REQUIREMENTS)
+        python = swift.make_environment(swift.home(), *swift.REQUIREMENTS)
     except (subprocess.SubprocessError, OSError) as error:
         raise ClusterError(f"--store swift: its environment cannot be made: {error}") from None
-    credentials, access = Path(cluster.folder, "s3-credentials"), "orchestrator:user"
+    credentials = Path(cluster.folder, "s3-credentials")
     if not credentials.exists():
-        _write_private(
-            credentials, f"[default]\naws_access_key_id = {access}\naws_secret_access_key = {secrets.token_hex(20)}\n"
-        )
-    secret = credentials.read_text().rpartition("= ")[2].strip()
+        keys = f"aws_access_key_id = orchestrator:user\naws_secret_access_key = {secrets.token_hex(20)}\n"
+        _write_private(credentials, f"[default]\n{keys}")
+    access, secret = _keys(cluster)
     ports = {kind: cluster.options.s3_port + i for i, kind in enumerate(("proxy", "account", "container", "object"))}
     try:
         return swift.configure(folder, python, ports=ports, access_key=access, secret_key=secret)
     except subprocess.CalledProcessError as error:
         raise ClusterError(f"--store swift: {error.stderr.decode().strip()[-300:]}") from None
+
+
+def _make_bucket(cluster: LocalCluster) -> None:
+    import boto3
+    from botocore.config import Config
+
+    keys = _keys(cluster)
+    client = boto3.session.Session(*keys, region_name="us-east-1").client(
+        "s3", endpoint_url=cluster.s3_endpoint, config=Config(s3={"addressing_style": "path"})
+    )
+    client.create_bucket(Bucket=BUCKET)
+
+
+def _keys(cluster: LocalCluster) -> tuple[str, str]:
+    """Access key and secret key of the S3 store."""
+    lines = Path(cluster.folder, "s3-credentials").read_text(encoding="utf-8").splitlines()
+    access, secret = (line.partition("= ")[2].strip() for line in lines[1:])
+    return access, secret
 
 
 def _supervisor_conf(

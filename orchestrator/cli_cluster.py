@@ -88,6 +88,11 @@ def _show(found: Any) -> bool:
 
     table = Table("service", "state", "")
     running = states(found)
+    if not running:
+        typer.echo(
+            f"the supervisor of the cluster in {found.folder} is gone; `cluster down` ends what it left", err=True
+        )
+        return False
     for name, (state, told) in running.items():
         table.add_row(name, state.lower(), told)
     shown = console()

@@ -65,15 +65,16 @@ def write(folder: Path, secret: Mapping[str, str]) -> None:
     """Leave `secret` for the driver of a job whose working directory `folder` becomes."""
     path = folder / FILE
     path.touch(mode=0o600)
-    path.write_text(json.dumps(dict(secret)), encoding="utf-8")
+    # Ray keeps a directory that it has unpacked before: no two jobs' are the same, so each finds its own file.
+    path.write_text(json.dumps({"once": uuid.uuid4().hex, "variables": dict(secret)}), encoding="utf-8")
 
 
 def read() -> None:
-    """In a submitted job's driver: take what its client left in the working directory."""
+    """In a submitted job's driver: take what its client left in the working directory, and leave nothing there."""
     path = Path(FILE)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and path.is_file():
-        path.chmod(0o600)  # Ray unpacks it for everyone
-        os.environ.update(json.loads(path.read_text(encoding="utf-8")))
+        os.environ.update(json.loads(path.read_text(encoding="utf-8"))["variables"])
+        path.unlink()
 
 
 def promise() -> tuple[dict[str, str], str]:
@@ -90,6 +91,7 @@ def deliver(variables: Mapping[str, str], secret: Mapping[str, str]) -> None:
 
 def fetch() -> None:
     """In a process of the job, before it has work: take what its driver delivered."""
+    Path(FILE).unlink(missing_ok=True)  # every node unpacks the working directory
     from ray.experimental.internal_kv import _internal_kv_get
 
     deadline = time.monotonic() + _WAIT_S  # Ray may start a process before the driver has delivered

@@ -5,6 +5,7 @@ images of any size that is a multiple of 32, and loading it runs no code but `wo
 """
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,17 @@ def log_checkpoint(checkpoint: str, filesystem: arrow_fs.FileSystem, *, run_id: 
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id, log_system_metrics=False):
         weights = Path(folder, "checkpoint")
         write_weights(checkpoint, filesystem, weights)
-        info = mlflow.pyfunc.log_model(
-            name=MODEL_NAME,
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"checkpoint": str(weights)},
-            code_paths=[str(Path(str(workloads.__file__)).parent)],
-            signature=ModelSignature(inputs=Schema([images])),
-            pip_requirements=_pinned(),
-            step=step,
-        )
+        # Recorded, so that nobody sees them: MLflow asks for hints that the schema makes needless, and sets filters aside.
+        with warnings.catch_warnings(record=True):
+            info = mlflow.pyfunc.log_model(
+                name=MODEL_NAME,
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                artifacts={"checkpoint": str(weights)},
+                code_paths=[str(Path(str(workloads.__file__)).parent)],
+                signature=ModelSignature(inputs=Schema([images])),
+                pip_requirements=_pinned(),
+                step=step,
+            )
     return str(info.model_uri)
 
 

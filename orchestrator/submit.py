@@ -87,7 +87,9 @@ def connect(address: str) -> tuple[JobClient, Cluster]:
     """
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address {address}: give the dashboard's address, as http://127.0.0.1:8265")
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every file that it packs
+    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)  # they tell of every upload
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray would take it before the address that it is given
     with _in_words(address):
         client = JobClient(address)
         told = client.ask("/api/v0/cluster_metadata")["data"]
@@ -104,8 +106,7 @@ def _in_words(address: str) -> Any:
     try:
         yield
     except AuthenticationError as error:
-        has = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-        why = "it was not given one" if "required" in str(error) and not has else "it does not accept this one"
+        why = "it was not given one" if "required" in str(error) else "it does not accept this one"
         raise SubmitError(
             f"{shown}: the cluster wants a token, and {why}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from None

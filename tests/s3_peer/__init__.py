@@ -13,18 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from cluster.swift import KINDS, REQUIREMENTS, configure, make_environment, server_environment
+from cluster.swift import KINDS, REQUIREMENTS, configure, home, make_environment, server_environment
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
 
 
-def peer_environment(name: str, *requirements: str) -> Path:
+def made_environment(place: Path, *requirements: str) -> Path:
     """The Python of a virtual environment with `requirements`, made on first use; skips the test where it cannot be made."""
-    home = Path(os.environ.get("TEST_PEERS") or Path(__file__).parents[2] / "build" / "peers") / name
     try:
-        return make_environment(home, *requirements)
+        return make_environment(place, *requirements)
     except (subprocess.SubprocessError, OSError) as error:
-        pytest.skip(f"the environment of {name} cannot be made: {error}")
+        pytest.skip(f"the environment in {place} cannot be made: {error}")
+
+
+def peer_environment(name: str, *requirements: str) -> Path:
+    """The Python of an environment of this checkout with another tool, made on first use."""
+    place = Path(os.environ.get("TEST_PEERS") or Path(__file__).parents[2] / "build" / "peers") / name
+    return made_environment(place, *requirements)
 
 
 def free_port() -> int:
@@ -58,7 +63,7 @@ class S3Peer:
 @contextlib.contextmanager
 def run_s3_peer(folder: Path) -> Iterator[S3Peer]:
     """Swift's four servers, as long as the context lasts."""
-    python = peer_environment("swift", *REQUIREMENTS)
+    python = made_environment(home(), *REQUIREMENTS)
     ports = {kind: free_port() for kind in KINDS}
     commands = configure(folder, python, ports=ports, access_key=ACCESS_KEY, secret_key=SECRET_KEY)
     environment = {**os.environ, **server_environment()}

@@ -1,7 +1,7 @@
 """One of Swift's servers, or the rings by which they find each other; runs in the environment that has Swift.
 
-python swift_server.py KIND-server CONFIG SWIFT_CONF
-python swift_server.py rings FOLDER account=PORT container=PORT object=PORT
+python launch.py KIND-server CONFIG SWIFT_CONF
+python launch.py rings FOLDER account=PORT container=PORT object=PORT
 """
 
 import sys

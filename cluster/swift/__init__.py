@@ -5,6 +5,7 @@ whose file system must have extended attributes. One copy of everything: it is f
 """
 
 import getpass
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,13 @@ REQUIREMENTS = ("swift==2.38.3", "setuptools<81")
 KINDS = ("account", "container", "object", "proxy")
 """Its four servers; clients speak to the proxy."""
 
-_SERVER = Path(__file__).with_name("swift_server.py")
+_SERVER = Path(__file__).with_name("launch.py")
+
+
+def home() -> Path:
+    """Where this user's environment with Swift is, once it was made."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "orchestrator", "swift-2.38.3")
 
 
 def make_environment(home: Path, *requirements: str, timeout_s: float = 900.0) -> Path:
@@ -89,7 +96,7 @@ use = egg:swift#catch_errors
 [filter:healthcheck]
 use = egg:swift#healthcheck
 [filter:cache]
-paste.filter_factory = swift_server:cache_filter
+paste.filter_factory = launch:cache_filter
 [filter:listing_formats]
 use = egg:swift#listing_formats
 [filter:s3api]
