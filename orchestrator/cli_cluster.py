@@ -128,6 +128,59 @@ def cluster_down(folder: Folder = None, debug: Debug = False) -> None:
         typer.echo(f"stopped {count} processes; data and logs stay in {where}")
 
 
+@cluster_app.command("render")
+def cluster_render(
+    target: Annotated[
+        str, typer.Argument(help="kuberay: a RayJob and MLflow for Kubernetes; aws: a file for `ray up`.")
+    ],
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("cluster-files"),
+    sweep: Annotated[bool, typer.Option("--sweep", help="For the file's sweep instead of the one run.")] = False,
+    image: Annotated[
+        str, typer.Option(help="Container image, built from cluster/Containerfile.")
+    ] = "orchestrator:0.1.0",
+    memory_gib: Annotated[int | None, typer.Option(help="Of each worker; default: a rule of thumb.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take the memory from a few steps of one worker's share, made here.")
+    ] = False,
+    spot: Annotated[bool, typer.Option(help="Workers may be taken away at any time, and cost less.")] = True,
+    retries: Annotated[int, typer.Option(min=0, help="Kubernetes: how often the job is made again.")] = 3,
+    region: Annotated[str | None, typer.Option(help="AWS: where.")] = None,
+    instance_profile: Annotated[str | None, typer.Option(help="AWS: whose role may use the buckets.")] = None,
+    worker_type: Annotated[str, typer.Option(help="AWS: instance type with room for one worker.")] = "g5.2xlarge",
+    debug: Debug = False,
+) -> None:
+    """Write the files that bring up the machines which an experiment asks for; nothing is started, no secret is written."""
+    with explained(debug):
+        from orchestrator.load import load_experiment, load_sweep
+        from workloads.config import ConfigError
+
+        if target not in ("kuberay", "aws"):
+            raise ConfigError(f"{target}: give kuberay or aws")
+        given = overrides or []
+        loaded = load_sweep(experiment, given) if sweep else load_experiment(experiment, given)
+        from cluster import aws, kuberay
+        from orchestrator.render import request_of, write_files
+
+        asked = request_of(loaded, image=image, memory_gib=memory_gib, measure=measure, spot=spot, retries=retries)
+        if target == "kuberay":
+            files = {"rayjob.yaml": kuberay.render_job(asked)}
+            if asked.tracking_uri is None:
+                files["mlflow.yaml"] = kuberay.render_mlflow(asked)
+        else:
+            if region is None or instance_profile is None:
+                raise ConfigError("--region and --instance-profile: needed for aws; the role takes the place of keys")
+            if asked.tracking_uri is None:
+                raise ConfigError(
+                    "tracking.uri: give an MLflow server that the machines reach, or set MLFLOW_TRACKING_URI"
+                )
+            made = aws.render(asked, region=region, instance_profile=instance_profile, worker_type=worker_type)
+            files = {"aws.yaml": made}
+        for path in write_files(output, files):
+            typer.echo(path)
+
+
 class _RunsByDefault(TyperGroup):
     """`submit NAME` is `submit run NAME`."""
 
@@ -282,14 +335,14 @@ def submit_stop(job: Job, address: Address = None, debug: Debug = False) -> None
 def submit_list(address: Address = None, debug: Debug = False) -> None:
     """The cluster's jobs, newest first."""
     with explained(debug):
-        from rich.table import Table
+        from rich.table import Column, Table
 
         client, _ = _client(address)
         from orchestrator.submit import describe
 
         jobs = sorted(client.list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
         columns = ("job", "status", "run", "began", "took")
-        table = Table(*columns)
+        table = Table(*(Column(name, no_wrap=True, overflow="ignore") for name in columns), box=None)
         for row in map(describe, jobs):
             table.add_row(*(row[column] for column in columns))
-        console().print(table)
+        console().print(table, soft_wrap=True)  # ids are there to be copied whole

@@ -14,6 +14,7 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 
+from orchestrator.gauges import RunGauges
 from orchestrator.progress import ProgressPublisher
 from orchestrator.spares import order_later
 from workloads.checkpoint import CheckpointStore, CheckpointWriter, Restored, Snapshot, read_newest_everywhere
@@ -36,6 +37,7 @@ class RayRuntime:
         patience_s: float,
         watch_preemption: bool,
         spare: bool,
+        gauges_of: str | None,
     ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
@@ -52,6 +54,7 @@ class RayRuntime:
         self._restored_step: int | None = None
         self._watch_preemption = watch_preemption
         self._spare = spare
+        self._gauges = RunGauges(gauges_of) if gauges_of is not None and self.rank == 0 else None
         self._preemption_known = False
         self._preemption_asked = float("-inf")
         self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
@@ -76,6 +79,8 @@ class RayRuntime:
                 self._extra = {}
             elif step == 0 and "startup/evaluation_s" not in self._extra:
                 self._extra["startup/evaluation_s"] = time.time() - self._entered
+            if self._gauges is not None:
+                self._gauges.report(metrics, step=step, saved_step=self.saved_step())
         self._queue.put((line, artifacts))
 
     def restore(self) -> Restored | None:
@@ -200,6 +205,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         patience_s=job["patience_s"],
         watch_preemption=job["watch_preemption"],
         spare=job["spare"],
+        gauges_of=job["gauges_of"],
     )
     timings = {
         **job["timings"],

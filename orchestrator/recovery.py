@@ -21,7 +21,9 @@ from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 
 from orchestrator.failures import Decision, Failure, classify, decide
+from orchestrator.gauges import count_fault
 from orchestrator.journal import Journal, JournalReader
+from orchestrator.ray_session import on_cluster
 from orchestrator.spares import order_later
 from orchestrator.track import without_secrets
 from workloads.checkpoint import CheckpointStore
@@ -58,6 +60,8 @@ class Attempts:
         """Add a failure to the history, and to what people see: `fault/<kind>` counts, `run.faults` tells."""
         journal = Journal(self.journal)
         journal.append({"kind": "fault", "command": self.command, "failure": dataclasses.asdict(failure)})
+        if on_cluster():
+            count_fault(self.storage.rpartition("/")[2], failure.kind)
         failures = self.earlier()
         count = sum(other.kind == failure.kind for other in failures)
         stamp = {"step": _place(failure), "time_ms": int(time.time() * 1000)}

@@ -317,6 +317,8 @@ class _Meter:
         values = torch.stack([self.sums[name] for name in names]).tolist()
         record = {name: value / self.steps for name, value in zip(names, values, strict=True)}
         seconds = time.perf_counter() - self.started
+        if self.timed_steps:
+            record["train/step_s"] = seconds / self.timed_steps
         record["train/images_per_s"] = self.timed_steps * global_batch_size / seconds
         record["train/data_wait_share"] = (self.loader.wait_seconds - self.waited) / seconds
         record["train/checkpoint_share"] = self.held / seconds
