@@ -1,4 +1,4 @@
-"""An S3 store on loopback: OpenStack Swift with its s3api, in a virtual environment of its own, because its pins are not ours.
+"""An S3 store: OpenStack Swift with its s3api, in a virtual environment of its own, because its pins are not ours.
 
 It checks signatures, knows conditional writes, byte ranges and multipart uploads, and keeps objects as files below one folder,
 whose file system must have extended attributes. One copy of everything: it is for trying out, not for keeping.
@@ -39,7 +39,13 @@ def make_environment(home: Path, *requirements: str, timeout_s: float = 900.0) -
 
 
 def configure(
-    folder: Path, python: Path, *, ports: dict[str, int], access_key: str, secret_key: str
+    folder: Path,
+    python: Path,
+    *,
+    ports: dict[str, int],
+    access_key: str,
+    secret_key: str,
+    host: str = "127.0.0.1",
 ) -> dict[str, list[str]]:
     """Write the store's configuration into `folder`.
 
@@ -47,6 +53,7 @@ def configure(
         python: of an environment with `REQUIREMENTS`.
         ports: of loopback, for each of `KINDS`.
         access_key: ACCOUNT:USER, which is how Swift understands one.
+        host: that clients speak to; the servers behind the proxy stay on loopback.
 
     Returns:
         Kind → command that runs this server in the foreground.
@@ -59,10 +66,10 @@ def configure(
         "[storage-policy:0]\nname = one\ndefault = yes\n"
     )
     user = getpass.getuser()
-    common = f"bind_ip = 127.0.0.1\nworkers = 0\nuser = {user}\nswift_dir = {folder}\nlog_level = WARNING\n"
+    common = f"workers = 0\nuser = {user}\nswift_dir = {folder}\nlog_level = WARNING\n"
     for kind in KINDS[:-1]:
         (folder / f"{kind}.conf").write_text(
-            f"[DEFAULT]\n{common}bind_port = {ports[kind]}\ndevices = {devices}\nmount_check = false\n"
+            f"[DEFAULT]\n{common}bind_ip = 127.0.0.1\nbind_port = {ports[kind]}\ndevices = {devices}\nmount_check = false\n"
             f"[pipeline:main]\npipeline = {kind}-server\n[app:{kind}-server]\nuse = egg:swift#{kind}\n"
         )
     rings = [f"{kind}={ports[kind]}" for kind in KINDS[:-1]]
@@ -70,7 +77,9 @@ def configure(
     proxy = folder / "proxy.conf"
     proxy.touch(mode=0o600)
     account, _, name = access_key.partition(":")
-    proxy.write_text(_PROXY.format(common=common, port=ports["proxy"], user=f"{account}_{name}", secret=secret_key))
+    proxy.write_text(
+        _PROXY.format(common=common, host=host, port=ports["proxy"], user=f"{account}_{name}", secret=secret_key)
+    )
     return {
         kind: [str(python), str(_SERVER), f"{kind}-server", str(folder / f"{kind}.conf"), str(conf)] for kind in KINDS
     }
@@ -85,7 +94,8 @@ def server_environment() -> dict[str, str]:
 
 
 _PROXY = """[DEFAULT]
-{common}bind_port = {port}
+{common}bind_ip = {host}
+bind_port = {port}
 [pipeline:main]
 pipeline = catch_errors healthcheck cache listing_formats s3api tempauth bulk slo dlo versioned_writes copy proxy-server
 [app:proxy-server]

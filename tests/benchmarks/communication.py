@@ -139,7 +139,7 @@ def counted(rank: int, world_size: int, values: dict[str, Any]) -> dict[str, int
     def averaging(module: torch.nn.Module, device: torch.device, size: int) -> Any:
         wrapped: Any = wrap(module, device, size)
 
-        def hook(state: Any, bucket: Any) -> Any:
+        def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             buffer = bucket.buffer()
             found["gradients"] += buffer.numel() * buffer.element_size()
             return dist.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook(dist.group.WORLD, bucket)
