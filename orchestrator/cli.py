@@ -203,6 +203,22 @@ def evaluate(
 
 
 @app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="MLflow run id, or run name.")],
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """How a run is, wherever it runs, from its record alone: step, speed, time left, score, faults."""
+    with explained(debug):
+        from orchestrator.run_status import run_status
+
+        for what, value in run_status(run, tracking_uri=tracking_uri).items():
+            typer.echo(f"{what:<10} {value}")
+
+
+@app.command()
 def experiments(
     name: Annotated[str | None, typer.Argument(help="An experiment to describe, with all of its keys.")] = None,
     debug: Debug = False,
