@@ -422,7 +422,7 @@ def resources(cluster: LocalCluster) -> dict[str, float]:
 
 def _takes_jobs(cluster: LocalCluster) -> bool:
     """Whether a submitted job would find the head's agent."""
-    return bool(_ask(cluster, "/api/jobs/") is not None)
+    return _ask(cluster, "/api/jobs/") is not None
 
 
 def _ask(cluster: LocalCluster, path: str) -> Any:

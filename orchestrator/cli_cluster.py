@@ -19,9 +19,19 @@ Folder = Annotated[
 ]
 
 
+Where = Annotated[str, typer.Argument(help="local: on this machine, the only place that is managed from here.")]
+
+
+def _see_that_local(where: str) -> None:
+    from workloads.config import ConfigError
+
+    if where != "local":
+        raise ConfigError(f"{where}: only `local` is managed from here; `cluster render` writes files for others")
+
+
 @cluster_app.command("up")
 def cluster_up(
-    where: Annotated[str, typer.Argument(help="local: on this machine.")] = "local",
+    where: Where = "local",
     nodes: Annotated[int, typer.Option(help="Raylets that take work, beside the head.")] = 2,
     cpus_per_node: Annotated[int, typer.Option(help="Logical CPUs of each; 0: the machine's cores.")] = 0,
     store: Annotated[str, typer.Option(help="swift: an S3 store too; none: plain folders do.")] = "none",
@@ -38,8 +48,7 @@ def cluster_up(
         from cluster.local import ClusterError, LocalOptions, default_folder, up
         from orchestrator.spares import importing
 
-        if where != "local":
-            raise ClusterError(f"{where}: only `local` is brought up from here; see `cluster render`")
+        _see_that_local(where)
         if store not in ("none", "swift"):
             raise ClusterError(f"--store {store}: give none or swift")
         options = LocalOptions(
@@ -65,17 +74,18 @@ def cluster_up(
 
 
 @cluster_app.command("status")
-def cluster_status(folder: Folder = None, debug: Debug = False) -> None:
+def cluster_status(where: Where = "local", folder: Folder = None, debug: Debug = False) -> None:
     """What of the local cluster runs, where it is reached, and what it has; exit code 1 if something of it does not run."""
     with explained(debug):
         from cluster.local import ClusterError, default_folder, find, processes
 
-        where = folder or default_folder()
-        found = find(where)
+        _see_that_local(where)
+        place = folder or default_folder()
+        found = find(place)
         if found is None:
-            raise ClusterError(f"no cluster is up in {where}")
+            raise ClusterError(f"no cluster is up in {place}")
         if not processes(found):
-            raise ClusterError(f"the cluster in {where} was lost with its machine or killed; `cluster up` starts anew")
+            raise ClusterError(f"the cluster in {place} was lost with its machine or killed; `cluster up` starts anew")
         if not _show(found):
             raise typer.Exit(1)
 
@@ -117,15 +127,16 @@ def _show(found: Any) -> bool:
 
 
 @cluster_app.command("down")
-def cluster_down(folder: Folder = None, debug: Debug = False) -> None:
+def cluster_down(where: Where = "local", folder: Folder = None, debug: Debug = False) -> None:
     """Stop exactly what `up` started, also after a crash; data and logs stay."""
     with explained(debug):
         from cluster.local import default_folder, down
 
-        where = folder or default_folder()
+        _see_that_local(where)
+        place = folder or default_folder()
         with console().status("stopping"):
-            count = down(where)
-        typer.echo(f"stopped {count} processes; data and logs stay in {where}")
+            count = down(place)
+        typer.echo(f"stopped {count} processes; data and logs stay in {place}")
 
 
 @cluster_app.command("render")
@@ -243,14 +254,20 @@ def submit_run(
         given = overrides or []
         loaded = load_sweep(experiment, given) if sweep else load_experiment(experiment, given)
         client, _ = _client(address)
-        from orchestrator.submit import exit_code, may_try_again, submit_job
+        from orchestrator.submit import JobLostError, exit_code, may_try_again, submit_job
 
         for attempt in range(retries + 1):
             job = submit_job(client, loaded, debug=debug)
             typer.echo(f"job {job}")
             if detach:
                 return
-            details = _watch(client, job, raw=debug)
+            try:
+                details = _watch(client, job, raw=debug)
+            except JobLostError as error:
+                if attempt == retries:
+                    raise
+                typer.echo(f"{error}; submitting it again")
+                continue
             if attempt == retries or not may_try_again(details):
                 break
             typer.echo(f"the job was ended from outside ({_line(details)}); submitting it again")

@@ -46,6 +46,10 @@ class SubmitError(RuntimeError):
     """The cluster does not take the job, or does not answer; the message says why."""
 
 
+class JobLostError(SubmitError):
+    """The cluster no longer knows a job that it took: its head was replaced."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """What a cluster says of itself."""
@@ -232,7 +236,7 @@ async def _follow(client: JobClient, job: str, show: Callable[[str], None], *, p
                 raise
             except (ConnectionError, requests.RequestException, RuntimeError) as error:
                 if "does not exist" in str(error):
-                    raise SubmitError(f"{job}: the cluster knows no such job") from None
+                    raise JobLostError(f"{job}: the cluster has forgotten it, as a new head does") from None
                 now = time.monotonic()
                 if lost_since is None:
                     lost_since = now
@@ -268,7 +272,8 @@ def follow(
         raw: with Ray's own lines.
 
     Raises:
-        SubmitError: there is no such job, or the cluster stayed away.
+        JobLostError: the cluster knows no such job.
+        SubmitError: the cluster stayed away.
     """
     return asyncio.run(
         _follow(client, job, show if raw else lambda text: show(_LOG_FILE_LINES.sub("", text)), patience_s=patience_s)

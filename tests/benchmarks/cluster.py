@@ -3,8 +3,8 @@
     python tests/benchmarks/cluster.py --json cluster.json [--repetitions 2]
 
 Weak scaling: one worker of one thread with 16 images a step on one raylet, then two of them with 32 on two. What two workers lose
-has two causes, told apart in the same run: the cores they share (two loops side by side that know nothing of each other), and
-what they tell each other.
+has three causes, told apart in the same run: the cores they share (two loops side by side that know nothing of each other), what
+they tell each other and their waiting for the slower one (two ranks of torchrun), and the cluster's own processes (the rest).
 """
 
 import argparse
@@ -61,10 +61,12 @@ def main() -> None:
         write_scenes(folder / "images", split="train", count=64, side=128)
         source = FolderSourceConfig(inputs=(str(folder / "images"),))
         build_dataset(BuildConfig(source=source, output=str(folder / "shards")))
-        speeds: dict[str, list[float]] = {"alone": [], "side by side": [], "1 worker": [], "2 workers": []}
+        kinds = ("alone", "side by side", "two ranks", "1 worker", "2 workers")
+        speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for repetition in range(options.repetitions):
             speeds["alone"] += bare(folder, repetition, count=1)
             speeds["side by side"] += bare(folder, repetition, count=2)
+            speeds["two ranks"].append(two_ranks(folder, repetition))
             began = time.monotonic()
             node = {**importing(), "RAY_worker_niceness": "0"}
             cluster = up(folder / f"cluster{repetition}", free_options(nodes=2, cpus_per_node=1), node_environment=node)
@@ -81,7 +83,10 @@ def main() -> None:
     median = {name: statistics.median(found) for name, found in speeds.items()}
     result["images_per_s"] = {name: round(value, 2) for name, value in median.items()}
     result["weak_scaling_efficiency"] = round(median["2 workers"] / (2 * median["1 worker"]), 3)
-    result["of_which_shared_cores"] = round(median["side by side"] / median["alone"], 3)
+    result["without_ray"] = {
+        "cores_shared": round(median["side by side"] / median["alone"], 3),
+        "and_together": round(median["two ranks"] / (2 * median["alone"]), 3),
+    }
     options.json.write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 
@@ -101,6 +106,18 @@ def bare(folder: Path, repetition: int, *, count: int) -> list[float]:
         if process.wait() != 0:
             raise RuntimeError("a loop without Ray failed")
     return [speed_of(place / "metrics.jsonl") for place, _ in started]
+
+
+def two_ranks(folder: Path, repetition: int) -> float:
+    """Images per second of one loop on two ranks without Ray, one thread each."""
+    place = folder / f"ranks-{repetition}"
+    place.mkdir()
+    text = EXPERIMENT.format(steps=STEPS, batch=2 * BATCH, data=folder / "shards")
+    (place / "experiment.yaml").write_text(text)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "workloads", "train", str(place / "experiment.yaml"), "--output", str(place)]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    return speed_of(place / "metrics.jsonl")
 
 
 def speed_of(path: Path) -> float:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from cluster.local import LocalCluster
+from cluster.local import LocalCluster, processes
 from orchestrator import credentials
 from orchestrator.load import load_experiment
 from orchestrator.submit import SubmitError, check_portable, job_name, working_directory
@@ -181,6 +181,33 @@ def test_a_driver_that_was_killed_is_submitted_again_and_goes_on(local: LocalClu
     found = runs_of(local)["again"]
     history = [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")]
     assert history == sorted(set(history)) and history[-1] == 40
+
+
+@pytest.mark.jobs
+def test_a_lost_head_is_replaced_and_the_job_submitted_to_it_again(local: LocalCluster, experiment: Path):
+    given = ["steps=60", "checkpoint_every=5", "evaluation.uri=null", "tracking.run_name=headless"]
+
+    def lose_the_head() -> None:
+        store = Path(yaml.safe_load(experiment.read_text())["storage"]["path"], "headless", "checkpoints")
+        deadline = time.monotonic() + 120
+        while not list(store.glob("step_*/meta.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in processes(local):
+            with contextlib.suppress(psutil.Error):
+                if f"{local.scratch}/head" in " ".join(process.cmdline()):
+                    process.kill()
+
+    loser = threading.Thread(target=lose_the_head)
+    loser.start()
+    done = orchestrator("submit", str(experiment), *given, "--retries", "2", cluster=local, timeout_s=400.0)
+    loser.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "submitting it again" in done.stdout
+    history = MlflowClient(tracking_uri=local.tracking_uri).get_metric_history(
+        runs_of(local)["headless"].info.run_id, "train/loss"
+    )
+    steps = [point.step for point in history]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
 
 
 @pytest.mark.jobs
