@@ -5,22 +5,23 @@ from typing import Any
 import ray.train
 
 from orchestrator.journal import Journal
+from orchestrator.node_load import NODE, by_node
 
-_NOT_METRICS = ("step", "time_ms", "artifacts")
+_NOT_METRICS = ("step", "time_ms", "artifacts", NODE)
 
 
 class JournalCallback(ray.train.UserCallback):
-    """Runs in the controller's process, on the driver's machine; rank 0's metrics count."""
+    """Runs in the controller's process, on the driver's machine; rank 0's metrics count, and each node's load."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._journal: Journal | None = None
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Append rank 0's report."""
+        """Append rank 0's report, and what every worker said of its node."""
         if self._journal is None:
             self._journal = Journal(self._path)
-        for record in records_of(metrics[0]):
+        for record in records_of({**metrics[0], **by_node(metrics)}):
             self._journal.append(record)
 
 

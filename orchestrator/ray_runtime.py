@@ -11,10 +11,12 @@ from typing import Any
 
 import pyarrow.fs as arrow_fs
 import ray.train
+import ray.util
 import torch
 from ray.train.torch import get_device
 
 from orchestrator.gauges import RunGauges
+from orchestrator.node_load import NODE, NodeLoad
 from orchestrator.progress import ProgressPublisher
 from orchestrator.spares import order_later
 from workloads.checkpoint import CheckpointStore, CheckpointWriter, Restored, Snapshot, read_newest_everywhere
@@ -38,6 +40,7 @@ class RayRuntime:
         watch_preemption: bool,
         spare: bool,
         gauges_of: str | None,
+        node_load: bool,
     ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
@@ -54,6 +57,7 @@ class RayRuntime:
         self._restored_step: int | None = None
         self._watch_preemption = watch_preemption
         self._spare = spare
+        self._node_load = NodeLoad(ray.util.get_node_ip_address()) if node_load else None
         self._gauges = RunGauges(gauges_of) if gauges_of is not None and self.rank == 0 else None
         self._preemption_known = False
         self._preemption_asked = float("-inf")
@@ -81,6 +85,8 @@ class RayRuntime:
                 self._extra["startup/evaluation_s"] = time.time() - self._entered
             if self._gauges is not None:
                 self._gauges.report(metrics, step=step, saved_step=self.saved_step())
+        if self._node_load is not None:
+            line[NODE] = self._node_load.read()
         self._queue.put((line, artifacts))
 
     def restore(self) -> Restored | None:
@@ -206,6 +212,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         watch_preemption=job["watch_preemption"],
         spare=job["spare"],
         gauges_of=job["gauges_of"],
+        node_load=job["node_load"],
     )
     timings = {
         **job["timings"],

@@ -87,7 +87,7 @@ class TrackingConfig:
     """The run's identity: the same name continues the same run; null: the experiment's name and its config's hash."""
 
     system_metrics: bool = True
-    """Record CPU, memory and network of the driver's machine."""
+    """Record CPU, memory and network of the driver's machine, and on a cluster CPU and memory of each worker's node."""
 
     log_model: bool = True
     """Keep the trained model with the run when it ends."""

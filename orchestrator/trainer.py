@@ -106,6 +106,7 @@ def _job(session: "Session") -> dict[str, Any]:
         "patience_s": session.experiment.failure.patience_s,
         "watch_preemption": on_cluster(),
         "spare": session.experiment.failure.spare_processes,
+        "node_load": on_cluster() and session.experiment.tracking.system_metrics,
         "gauges_of": session.run.name if on_cluster() else None,
         "began": session.watch.began,
         "timings": session.watch.timings,

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from cluster.local import LocalCluster, processes
+from cluster.local import LocalCluster, live_nodes, processes
 from orchestrator import credentials
 from orchestrator.load import load_experiment
 from orchestrator.submit import SubmitError, check_portable, job_name, working_directory
@@ -69,6 +69,18 @@ def ray_says(cluster: LocalCluster, path: str) -> Any:
         return json.load(answer)
 
 
+def prometheus_pages(cluster: LocalCluster) -> str:
+    """What the agents of all nodes tell Prometheus."""
+    text = ""
+    for node in live_nodes(cluster):
+        port = node["raylet"]["metricsExportPort"]
+        with urllib.request.urlopen(
+            f"http://{node['raylet']['nodeManagerAddress']}:{port}/metrics", timeout=10
+        ) as page:
+            text += page.read().decode()
+    return text
+
+
 def test_a_job_is_the_same_run_with_its_store_in_s3_and_no_secret_written_anywhere(
     local: LocalCluster, experiment: Path
 ):
@@ -87,6 +99,10 @@ def test_a_job_is_the_same_run_with_its_store_in_s3_and_no_secret_written_anywhe
     told = ray_says(local, f"/api/jobs/{job}")
     assert told["metadata"]["mlflow.run_name"] == "there"  # and back
     assert told["metadata"]["config.sha256"] == found.data.tags["config.sha256"]
+
+    assert {f"node/127.0.0.{n}/cpu_percent" for n in (3, 4)} <= found.data.metrics.keys()  # each node's load
+    pages = prometheus_pages(local)
+    assert "ray_orchestrator_images_per_second{" in pages and 'run="there"' in pages
 
     secret = Path(local.folder, "s3-credentials").read_text().splitlines()[-1].rpartition(" ")[2]
     token = local.token_file.read_text()

@@ -10,6 +10,7 @@ from pyarrow.fs import LocalFileSystem
 
 from orchestrator.journal import Journal, JournalArchive, JournalDrain, JournalReader, Record
 from orchestrator.journal_callback import records_of
+from orchestrator.node_load import by_node
 from orchestrator.track import MlflowSink, RunHeader
 
 
@@ -175,3 +176,15 @@ def test_what_the_storage_does_not_have_yet_is_kept_and_copied(tmp_path: Path) -
     copied = b"".join(path.read_bytes() for path in sorted((tmp_path / "storage").iterdir()))
     assert journal.path.read_bytes() == copied + b'{"kind": "ta'
     assert len(JournalReader(journal.path).read()) == 2
+
+
+def test_each_nodes_load_is_in_the_record_once() -> None:
+    reports = [
+        {"step": 3, "time_ms": 5, "train/loss": 1.0, "node": {"address": "10.0.0.1", "cpu_percent": 40.0}},
+        {"step": 3, "time_ms": 6, "node": {"address": "10.0.0.2", "cpu_percent": 10.0}},
+        {"step": 3, "time_ms": 7, "node": {"address": "10.0.0.1", "cpu_percent": 60.0}},
+    ]
+    assert by_node(reports) == {"node/10.0.0.1/cpu_percent": 60.0, "node/10.0.0.2/cpu_percent": 10.0}
+    (record,) = records_of({**reports[0], **by_node(reports)})
+    assert record["metrics"] == {"train/loss": 1.0, **by_node(reports)}
+    assert by_node([{"step": 3, "time_ms": 5}]) == {}
