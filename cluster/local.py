@@ -70,6 +70,7 @@ class LocalOptions:
         taken = {
             "--gcs-port": (_HEAD_HOST, self.gcs_port),
             "--dashboard-port": (_LOOPBACK, self.dashboard_port),
+            "--dashboard-port+1": (_LOOPBACK, self.dashboard_port + 1),  # the head's agent, which takes jobs
             "--client-port": (_HEAD_HOST, self.client_port),
             "--mlflow-port": (_LOOPBACK, self.mlflow_port),
         }
@@ -300,6 +301,7 @@ def _ray_head(cluster: LocalCluster) -> list[str]:
     return _ray(
         *("--head", f"--node-ip-address={_HEAD_HOST}", f"--port={options.gcs_port}", "--num-cpus=0"),
         *(f"--dashboard-host={_LOOPBACK}", f"--dashboard-port={options.dashboard_port}"),
+        f"--dashboard-agent-listen-port={options.dashboard_port + 1}",
         *(f"--ray-client-server-port={options.client_port}", f"--temp-dir={cluster.scratch}/head"),
     )
 
@@ -309,6 +311,7 @@ def _ray_node(cluster: LocalCluster, number: int) -> list[str]:
     host = f"127.0.0.{2 + number}"
     return _ray(
         *(f"--address={_HEAD_HOST}:{options.gcs_port}", f"--node-ip-address={host}"),
+        f"--dashboard-agent-listen-port={options.dashboard_port + 1}",
         *(f"--num-cpus={options.cpus_per_node or os.cpu_count()}", f"--temp-dir={cluster.scratch}/node{number}"),
     )
 

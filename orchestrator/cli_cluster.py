@@ -36,7 +36,9 @@ def cluster_up(
     cpus_per_node: Annotated[int, typer.Option(help="Logical CPUs of each; 0: the machine's cores.")] = 0,
     store: Annotated[str, typer.Option(help="swift: an S3 store too; none: plain folders do.")] = "none",
     gcs_port: Annotated[int, typer.Option(help="Ray's head.")] = 6379,
-    dashboard_port: Annotated[int, typer.Option(help="Ray's dashboard and job API.")] = 8265,
+    dashboard_port: Annotated[
+        int, typer.Option(help="Ray's dashboard and job API; the port after it is taken too.")
+    ] = 8265,
     client_port: Annotated[int, typer.Option(help="Ray's client server.")] = 10001,
     mlflow_port: Annotated[int, typer.Option(help="MLflow's server.")] = 5000,
     s3_port: Annotated[int, typer.Option(help="The S3 store, which also takes the three ports after it.")] = 9000,

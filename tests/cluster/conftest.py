@@ -28,7 +28,7 @@ def free_options(**changed: object) -> LocalOptions:
     return replace(LocalOptions(**ports), **changed)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """Two nodes of one CPU, MLflow, and an S3 store."""
     folder = tmp_path_factory.mktemp("local")

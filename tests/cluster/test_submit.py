@@ -85,6 +85,7 @@ def test_a_job_is_the_same_run_with_its_store_in_s3_and_no_secret_written_anywhe
     local: LocalCluster, experiment: Path
 ):
     given = ["storage.path=s3://orchestrator/runs", "tracking.run_name=there", "steps=6", "evaluation.uri=null"]
+    given.append("tracking.system_metrics=true")
     planted = {"AWS_UNUSED_SECRET": PLANTED, "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": PLANTED}
     done = orchestrator("submit", str(experiment), *given, cluster=local, **planted)
     assert done.returncode == 0, done.stdout + done.stderr
