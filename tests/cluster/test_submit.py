@@ -81,6 +81,7 @@ def prometheus_pages(cluster: LocalCluster) -> str:
     return text
 
 
+@pytest.mark.jobs
 def test_a_job_is_the_same_run_with_its_store_in_s3_and_no_secret_written_anywhere(
     local: LocalCluster, experiment: Path
 ):
@@ -245,6 +246,7 @@ def test_ray_job_submit_does_the_same(local: LocalCluster, experiment: Path, tmp
     assert runs_of(local)["plain"].info.status == "FINISHED"
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("address", "variables", "message"),
     [

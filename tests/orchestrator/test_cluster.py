@@ -1,12 +1,7 @@
-"""A real Ray cluster of two raylets: training, failing, continuing, evaluating, and submitting a job."""
+"""A real Ray cluster of two raylets: training, failing, continuing, evaluating."""
 
 import collections
-import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,21 +18,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]  # seven processes 
 
 
 @pytest.fixture(scope="module")
-def dashboard_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def cluster(dashboard_port: int) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """Two nodes of one CPU each; the address of the first."""
-    # Raylets take these from the environment that they are started in; submitted jobs find `python` by PATH.
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's spelling
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard_port}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's spelling; raylets take it from who starts them
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
     yield nodes.address
@@ -164,25 +148,3 @@ def test_more_workers_than_the_cluster_holds_are_refused(
 ) -> None:
     assert run(["train", str(two_workers), "scaling.num_workers=3", "tracking.run_name=many"]) == 2
     assert "scaling.num_workers" in capsys.readouterr().err
-
-
-def test_a_submitted_job_does_the_same(
-    cluster: str, dashboard_port: int, datasets: dict[str, str], tmp_path: Path
-) -> None:
-    path = write_experiment(tmp_path, datasets, workers=2)
-    command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit"),
-        # Without --working-dir: two raylets of one machine unpack it over each other, under the running job's feet.
-        *("--address", f"http://127.0.0.1:{dashboard_port}", "--"),
-        *("python", "-m", "orchestrator", "train", str(path), "steps=5", "evaluation.uri=null"),
-    ]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    for _ in range(20):  # the node's agent, which takes jobs, may come up long after its raylet
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-        if "No available agent" not in done.stderr:
-            break
-        time.sleep(3)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    _, found = runs_of(tmp_path)
-    assert [item.info.status for item in found] == ["FINISHED"]
-    assert json.loads(found[0].data.params["steps"]) == 5
