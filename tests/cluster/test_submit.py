@@ -158,6 +158,11 @@ def test_a_job_is_left_with_ctrl_c_found_again_and_stopped(local: LocalCluster, 
     assert "left running" in text and "Traceback" not in text
     job = job_in(text.replace("\r", ""))
     assert "running" in orchestrator("submit", "status", job, cluster=local).stdout
+    deadline = time.monotonic() + 60  # workers tell their node's agent every ten seconds
+    while "ray_orchestrator_images_per_second{" not in (pages := prometheus_pages(local)):
+        assert time.monotonic() < deadline
+        time.sleep(1.0)
+    assert 'run="long"' in pages
 
     followed = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "submit", "logs", job, "--follow"],
