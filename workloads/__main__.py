@@ -10,10 +10,11 @@ from workloads.checkpoint import CheckpointError, CheckpointWriteError
 from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
+from workloads.loops.dispatch import LOOPS, load_loop, preflight, run_loop
 from workloads.loops.evaluate import evaluate
-from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError, preflight, pretrain
+from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
-from workloads.spec import EvaluationConfig, PretrainConfig, load_model, load_pretrain
+from workloads.spec import EvaluationConfig, load_model
 
 _LOG = logging.getLogger("workloads")
 
@@ -21,25 +22,29 @@ _LOG = logging.getLogger("workloads")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m workloads",
-        description="Pretrain and evaluate without Ray and MLflow. Under torchrun, every process takes its share of the "
+        description="Pretrain, fine-tune and evaluate without Ray and MLflow. Under torchrun, every process takes its share of the "
         "global batch. Results: OUTPUT/metrics.jsonl, OUTPUT/checkpoints, OUTPUT/artifacts.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="run or continue an experiment file")
-    train.add_argument(
-        "experiment", type=Path, help="YAML file; its scaling, tracking and storage sections are skipped"
-    )
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as objective.temperature=0.2")
-    train.add_argument(
-        "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
-    )
+    for name, what in (("train", "pretrain"), ("finetune", "fine-tune a detector")):
+        train = commands.add_parser(name, help=f"{what}: run or continue an experiment file")
+        train.add_argument(
+            "experiment", type=Path, help="YAML file; its scaling, tracking and storage sections are skipped"
+        )
+        train.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="dotted keys, as objective.temperature=0.2"
+        )
+        train.add_argument(
+            "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
+        )
     measure = commands.add_parser("evaluate", help="measure SGA, RIGA and GAP-R of a checkpoint on a dataset")
     measure.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
     measure.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the evaluation section, as uri=…")
     measure.add_argument(
         "--output", type=Path, default=Path("runs/evaluation"), help="folder for the figures and heatmaps"
     )
-    commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
+    keys = commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
+    keys.add_argument("loop", nargs="?", default="pretrain", choices=LOOPS, help="which loop (default: %(default)s)")
     return parser
 
 
@@ -53,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if options.command == "keys":
-            for key, default, help_text in describe(PretrainConfig):
+            for key, default, help_text in describe(LOOPS[options.loop]):
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
-        return _train(options, overrides) if options.command == "train" else _evaluate(options, overrides)
+        return _evaluate(options, overrides) if options.command == "evaluate" else _train(options, overrides)
     except (NonFiniteLossError, RunStoppedError, CheckpointWriteError) as error:
         _LOG.error("%s", error)
         return 1
@@ -67,12 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
-    settings = load_pretrain(options.experiment, overrides)
+    loop = "pretrain" if options.command == "train" else options.command
+    settings = load_loop(options.experiment, overrides, loop=loop)
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
         preflight(settings, runtime.world_size)
         try:
-            pretrain(settings, runtime)
+            run_loop(settings, runtime)
         except DataError as error:  # after preflight, the data broke under a run that had begun
             _LOG.error("%s", error)
             return 1
