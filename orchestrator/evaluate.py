@@ -1,5 +1,6 @@
 """`orchestrator evaluate`: measure a run's model on a dataset and add the figures to the run."""
 
+import dataclasses
 import os
 import re
 import tempfile
@@ -111,14 +112,15 @@ def _measure(
         data = given.pop("data.uri")
     settings = build(PretrainConfig, apply_overrides(to_dict(trained), given)).evaluation
     uri = absolute_uri(data) if data else settings.uri
-    if uri is None:
+    labelled = settings.representation.train_uri if settings.representation is not None else None
+    if uri is None and labelled is None:
         raise ConfigError("--data: needed, because the run was trained without an evaluation set")
-    dataset = open_dataset(uri)
     step = read_meta(str(checkpoint)).step
     runtime = LocalRuntime(output)
-    figures = evaluate(checkpoint, uri=uri, config=settings, runtime=runtime)
+    figures = evaluate(checkpoint, config=dataclasses.replace(settings, uri=uri), runtime=runtime)
     is_own = uri == trained.evaluation.uri and settings == trained.evaluation
-    label = f"{dataset_label(uri)}-{dataset.manifest.sha256[:8]}"
+    named = uri or labelled or ""
+    label = f"{dataset_label(named)}-{open_dataset(named).manifest.sha256[:8]}"
     return figures, "eval/" if is_own else f"eval/on_{label}/", step, output
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound="TrainExperiment")
 
-_PATHS = ("uri", "path", "init_from", "cache_dir", "ledger", "selection_uri")  # keys that may name a local file
+_PATHS = ("uri", "path", "init_from", "cache_dir", "ledger", "selection_uri", "trunk_from", "train_uri", "test_uri")
+"""Keys that may name a local file."""
 
 EXPERIMENTS = Path(__file__).with_name("experiments")
 

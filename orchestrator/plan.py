@@ -201,7 +201,7 @@ def plan_run(experiment: TrainExperiment, *, calibrate: bool = True, price: tupl
         steps=experiment.steps,
         steps_per_epoch=checked.steps_per_epoch,
         images_trained=experiment.steps * experiment.global_batch_size,
-        views_per_step=experiment.global_batch_size * (1 + experiment.views.crops_per_image),
+        views_per_step=experiment.global_batch_size * experiment.views.views_per_image,
         num_images=checked.num_images,
         bytes_per_epoch=int(np.sum(lengths, dtype=np.int64)),
         requests_per_epoch=len(lengths),

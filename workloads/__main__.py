@@ -90,11 +90,9 @@ def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
 def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
     _, run = load_model(options.checkpoint)
     settings = build(EvaluationConfig, apply_overrides(to_dict(run.evaluation), overrides))
-    if settings.uri is None:
-        raise ConfigError("uri: name the dataset to evaluate on, as uri=FOLDER")
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
-        evaluate(options.checkpoint, uri=settings.uri, config=settings, runtime=runtime)
+        evaluate(options.checkpoint, config=settings, runtime=runtime)
     finally:
         runtime.close()
     return 0

@@ -6,11 +6,11 @@ import torch
 import torchvision
 from pydantic import Field
 
-from workloads.checkpoint import CONFIG, CheckpointError, read_checkpoint
-from workloads.config import ConfigError, build, config, parse_yaml
-from workloads.data.filesystems import DataError, read_bytes, resolve_uri
+from workloads.checkpoint import CheckpointError
+from workloads.config import ConfigError, config
+from workloads.data.filesystems import DataError, resolve_uri
 from workloads.models.backbone import BackboneConfig, Trunk
-from workloads.spec import PretrainConfig, build_objective
+from workloads.spec import load_trunk
 
 
 @config
@@ -20,6 +20,10 @@ class RandomTrunkConfig:
     kind: Literal["random"] = "random"
     """Which trunk."""
     backbone: BackboneConfig = BackboneConfig()
+
+    def __post_init__(self) -> None:
+        if self.backbone.is_vit:
+            raise ConfigError("trunk.backbone.name: the detectors stand on a ResNet")
 
 
 @config
@@ -70,24 +74,19 @@ def make_trunk(settings: AnyTrunk) -> Trunk:
 
 
 def load_checkpoint_trunk(uri: str) -> Trunk:
-    """The full view's trunk of the pretraining checkpoint at `uri`.
+    """The ResNet trunk of the pretraining checkpoint at `uri`, on the CPU.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: there is none, it is damaged, or its trunk is no ResNet.
     """
     try:
-        filesystem, folder = resolve_uri(uri)
-        text = read_bytes(filesystem, f"{folder}/{CONFIG}").decode()
-        run = build(PretrainConfig, parse_yaml(text, source=CONFIG))
-        objective = build_objective(run)
-        objective.load_state_dict(read_checkpoint(folder, filesystem).state["model"])
+        trunk = load_trunk(uri)
     except (CheckpointError, DataError, OSError) as error:
         raise ConfigError(f"trunk.uri: {uri} is not a checkpoint ({_short(error)})") from None
     except ConfigError as error:
         raise ConfigError(f"trunk.uri: {uri} is not of a pretraining run ({error})") from None
     except RuntimeError as error:
         raise ConfigError(f"trunk.uri: {uri} holds other networks than its configuration ({_short(error)})") from None
-    trunk = getattr(objective, "trunk", None)
     if not isinstance(trunk, Trunk):
         raise ConfigError(f"trunk.uri: {uri} holds no ResNet, which the detectors need")
     return trunk

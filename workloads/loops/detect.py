@@ -22,7 +22,8 @@ from workloads.metrics.average_precision import (
     encode_masks,
     gather_table,
 )
-from workloads.models.detector import IMAGENET_MEAN, IMAGENET_STD, Detector
+from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from workloads.models.detector import Detector
 from workloads.reports.detections import draw_detections
 from workloads.runtime import Runtime, new_folder
 from workloads.types import Detections, ImageBatch

@@ -36,8 +36,8 @@ from workloads.loops.pretrain import (
     last_saved,
     resume_run,
 )
-from workloads.models.backbone import BackboneConfig, Trunk
-from workloads.models.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, DetectorConfig
+from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Trunk
+from workloads.models.detector import Detector, DetectorConfig
 from workloads.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
 from workloads.runtime import Runtime
 from workloads.trunks import RandomTrunkConfig, TrunkConfig, make_trunk
