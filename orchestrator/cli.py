@@ -51,12 +51,26 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Pretrain: `orchestrator train anchor_ntxent_caltech data.uri=shards scaling.num_workers=2`."""
+    _run_loop("pretrain", experiment, overrides, debug)
+
+
+@app.command()
+def finetune(
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Train a detector on a pretrained trunk: `orchestrator finetune finetune_retinanet_coco trunk.kind=checkpoint trunk.uri=…`."""
+    _run_loop("finetune", experiment, overrides, debug)
+
+
+def _run_loop(loop: str, experiment: str, overrides: list[str] | None, debug: bool) -> None:
     began = process_start()
     with explained(debug):
         from orchestrator.load import load_experiment
 
         loading = time.time()
-        loaded = load_experiment(experiment, overrides or [])
+        loaded = load_experiment(experiment, overrides or [], loop=loop)
         from orchestrator.train import Stopwatch
         from orchestrator.train import train as run_training
 
@@ -177,6 +191,8 @@ def last_line(run_id: str, address: str, metrics: Any) -> str:
         headline = f"eval/sga {metrics['eval/sga']:.3f}"
         if "eval/gap_r" in metrics:
             headline += f", eval/gap_r {metrics['eval/gap_r']:.1f}"
+    elif "eval/ap50" in metrics:
+        headline = f"eval/ap50 {metrics['eval/ap50']:.3f}, eval/ap {metrics.get('eval/ap', float('nan')):.3f}"
     else:
         headline = f"train/loss {metrics.get('train/loss', float('nan')):.3f}"
     return f"run {run_id}  {address}  {headline}"

@@ -6,15 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.checkpoint import CheckpointError, CheckpointWriteError
-from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, to_dict
+from workloads.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
+from workloads.config import ConfigError, apply_overrides, describe, parse_overrides, read_yaml, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
-from workloads.loops.dispatch import LOOPS, load_loop, preflight, run_loop
-from workloads.loops.evaluate import evaluate
+from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
 from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
-from workloads.spec import EvaluationConfig, load_model
 
 _LOG = logging.getLogger("workloads")
 
@@ -37,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(
             "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
         )
-    measure = commands.add_parser("evaluate", help="measure SGA, RIGA and GAP-R of a checkpoint on a dataset")
+    measure = commands.add_parser("evaluate", help="measure a checkpoint on a dataset, as its loop does")
     measure.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
     measure.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the evaluation section, as uri=…")
     measure.add_argument(
@@ -88,11 +86,11 @@ def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
-    _, run = load_model(options.checkpoint)
-    settings = build(EvaluationConfig, apply_overrides(to_dict(run.evaluation), overrides))
+    run = build_loop(read_yaml(options.checkpoint / CONFIG))
+    settings = apply_overrides(to_dict(run), {f"evaluation.{key}": value for key, value in overrides.items()})
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
-        evaluate(options.checkpoint, config=settings, runtime=runtime)
+        evaluate_loop(options.checkpoint, build_loop(settings), runtime)
     finally:
         runtime.close()
     return 0

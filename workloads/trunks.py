@@ -44,7 +44,7 @@ class SupervisedTrunkConfig:
     """Which trunk."""
     name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     """Architecture, torchvision's."""
-    weights: str | None = None
+    file: str | None = None
     """File (path or URI) of the state dict, as torchvision publishes it; null: torchvision's own download."""
 
 
@@ -69,7 +69,7 @@ def make_trunk(settings: AnyTrunk) -> Trunk:
             try:
                 trunk.body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
             except (RuntimeError, AttributeError) as error:
-                raise ConfigError(f"trunk.weights: {_short(error)}; give {settings.name}'s state dict") from None
+                raise ConfigError(f"trunk.file: {_short(error)}; give {settings.name}'s state dict") from None
             return trunk
 
 
@@ -93,20 +93,20 @@ def load_checkpoint_trunk(uri: str) -> Trunk:
 
 
 def _supervised_state(settings: SupervisedTrunkConfig) -> dict[str, Any]:
-    if settings.weights is None:
+    if settings.file is None:
         try:
             return torchvision.models.get_model_weights(settings.name)["IMAGENET1K_V1"].get_state_dict(progress=False)
         except Exception as error:
             raise ConfigError(
-                f"trunk.weights: torchvision cannot download {settings.name}'s weights here ({_short(error)}); "
+                f"trunk.file: torchvision cannot download {settings.name}'s weights here ({_short(error)}); "
                 "give the path of the file"
             ) from None
     try:
-        filesystem, path = resolve_uri(settings.weights)
+        filesystem, path = resolve_uri(settings.file)
         with filesystem.open_input_file(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds
-        raise ConfigError(f"trunk.weights: {settings.weights} cannot be read ({_short(error)})") from None
+        raise ConfigError(f"trunk.file: {settings.file} cannot be read ({_short(error)})") from None
 
 
 def _short(error: BaseException) -> str:
