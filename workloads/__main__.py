@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workloads.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
-from workloads.config import ConfigError, apply_overrides, describe, parse_overrides, read_yaml, to_dict
+from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
+from workloads.loops.one_shot import OneShotRunConfig, one_shot
 from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
 
@@ -41,6 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--output", type=Path, default=Path("runs/evaluation"), help="folder for the figures and heatmaps"
     )
+    look = commands.add_parser("one-shot", help="look for one object in other images with a checkpoint's embeddings")
+    look.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints of a pretraining run")
+    look.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="uri=DATASET, and other keys of the measurement"
+    )
+    look.add_argument(
+        "--output", type=Path, default=Path("runs/one_shot"), help="folder for the figures and the gallery"
+    )
     keys = commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
     keys.add_argument("loop", nargs="?", default="pretrain", choices=LOOPS, help="which loop (default: %(default)s)")
     return parser
@@ -60,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
+        if options.command == "one-shot":
+            return _one_shot(options, overrides)
         return _evaluate(options, overrides) if options.command == "evaluate" else _train(options, overrides)
     except (NonFiniteLossError, RunStoppedError, CheckpointWriteError) as error:
         _LOG.error("%s", error)
@@ -91,6 +102,16 @@ def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
         evaluate_loop(options.checkpoint, build_loop(settings), runtime)
+    finally:
+        runtime.close()
+    return 0
+
+
+def _one_shot(options: argparse.Namespace, overrides: dict[str, object]) -> int:
+    settings = build(OneShotRunConfig, apply_overrides({}, overrides))
+    runtime = LocalRuntime(options.output, stream=sys.stdout)
+    try:
+        one_shot(options.checkpoint, settings, runtime)
     finally:
         runtime.close()
     return 0
