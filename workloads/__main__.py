@@ -10,6 +10,7 @@ from workloads.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
 from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
+from workloads.export import FORMATS, ExportError, export_checkpoint
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
 from workloads.loops.one_shot import OneShotRunConfig, one_shot
 from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
@@ -50,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument(
         "--output", type=Path, default=Path("runs/one_shot"), help="folder for the figures and the gallery"
     )
+    out = commands.add_parser("export", help="write a checkpoint's trunk for torchvision, timm, ONNX and others")
+    out.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
+    out.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    out.add_argument("--format", action="append", choices=FORMATS, help="may be given again (default: all)")
+    out.add_argument("--licence", help="what the model card says of the licence")
+    out.add_argument("--output", type=Path, default=Path("exported"), help="folder of the files (default: %(default)s)")
     keys = commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
     keys.add_argument("loop", nargs="?", default="pretrain", choices=LOOPS, help="which loop (default: %(default)s)")
     return parser
@@ -69,10 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
+        if options.command == "export":
+            return _export(options)
         if options.command == "one-shot":
             return _one_shot(options, overrides)
         return _evaluate(options, overrides) if options.command == "evaluate" else _train(options, overrides)
-    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError) as error:
+    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError, ExportError) as error:
         _LOG.error("%s", error)
         return 1
     except (ConfigError, DataError, PlanError, CheckpointError) as error:
@@ -104,6 +113,20 @@ def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
         evaluate_loop(options.checkpoint, build_loop(settings), runtime)
     finally:
         runtime.close()
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    files = export_checkpoint(
+        options.checkpoint,
+        tuple(options.format or FORMATS),
+        options.output,
+        title=options.output.name,
+        source={},
+        licence=options.licence,
+    )
+    for purpose, file in files.items():
+        sys.stdout.write(f"{purpose:<20} {file}\n")
     return 0
 
 
