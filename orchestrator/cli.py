@@ -51,12 +51,26 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Pretrain: `orchestrator train anchor_ntxent_caltech data.uri=shards scaling.num_workers=2`."""
+    _run_loop("pretrain", experiment, overrides, debug)
+
+
+@app.command()
+def finetune(
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Train a detector on a pretrained trunk: `orchestrator finetune finetune_retinanet_coco trunk.kind=checkpoint trunk.uri=…`."""
+    _run_loop("finetune", experiment, overrides, debug)
+
+
+def _run_loop(loop: str, experiment: str, overrides: list[str] | None, debug: bool) -> None:
     began = process_start()
     with explained(debug):
         from orchestrator.load import load_experiment
 
         loading = time.time()
-        loaded = load_experiment(experiment, overrides or [])
+        loaded = load_experiment(experiment, overrides or [], loop=loop)
         from orchestrator.train import Stopwatch
         from orchestrator.train import train as run_training
 
@@ -177,6 +191,8 @@ def last_line(run_id: str, address: str, metrics: Any) -> str:
         headline = f"eval/sga {metrics['eval/sga']:.3f}"
         if "eval/gap_r" in metrics:
             headline += f", eval/gap_r {metrics['eval/gap_r']:.1f}"
+    elif "eval/ap50" in metrics:
+        headline = f"eval/ap50 {metrics['eval/ap50']:.3f}, eval/ap {metrics.get('eval/ap', float('nan')):.3f}"
     else:
         headline = f"train/loss {metrics.get('train/loss', float('nan')):.3f}"
     return f"run {run_id}  {address}  {headline}"
@@ -200,6 +216,53 @@ def evaluate(
         for key, value in sorted(result.metrics.items()):
             typer.echo(f"{key}  {value:.4f}")
         typer.echo(last_line(result.run_id, result.address, result.headline))
+
+
+@app.command("one-shot")
+def one_shot(
+    run: Annotated[str, typer.Argument(help="MLflow run id, or run name, of a pretraining run.")],
+    data: Annotated[str, typer.Option("--data", help="Dataset with objects.")],
+    overrides: Overrides = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Look for one object in other images with a run's embeddings; logs AP50, pointing accuracy and a gallery to the run."""
+    with explained(debug):
+        from orchestrator.evaluate import one_shot_of_run
+
+        result = one_shot_of_run(run, overrides or [], data=data, tracking_uri=tracking_uri)
+        for key, value in sorted(result.metrics.items()):
+            typer.echo(f"{key}  {value:.4f}")
+        typer.echo(f"run {result.run_id}  {result.address}  gallery in {result.artifacts}")
+
+
+@app.command()
+def export(
+    target: Annotated[
+        str, typer.Argument(help="MLflow run id, run name, or models:/NAME/VERSION, models:/NAME@ALIAS.")
+    ],
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="torchvision, timm, safetensors, onnx or torch_export; may be given again; default: all."),
+    ] = None,
+    output: Annotated[str, typer.Option(help="Folder of the files and the model card.")] = "exported",
+    licence: Annotated[str | None, typer.Option(help="What the model card says of the licence.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run's trunk for those who have nothing of this project: `orchestrator export RUN --format timm`."""
+    with explained(debug):
+        from pathlib import Path
+
+        from orchestrator.export import export_run
+
+        files = export_run(target, format or [], output=Path(output), licence=licence, tracking_uri=tracking_uri)
+        for purpose, file in files.items():
+            typer.echo(f"{purpose:<20} {file}")
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """`orchestrator evaluate`: measure a run's model on a dataset and add the figures to the run."""
 
-import dataclasses
 import os
 import re
 import tempfile
@@ -59,6 +58,41 @@ def evaluate_run(
     return EvaluationResult(run_id=run_id, address=address, metrics=metrics, headline=figures, artifacts=heatmaps)
 
 
+def one_shot_of_run(
+    run: str, arguments: Sequence[str] = (), *, data: str, tracking_uri: str | None = None
+) -> EvaluationResult:
+    """Measure one-shot detection of the model of `run` on the dataset `data` and log figures, table and gallery to it.
+
+    Raises:
+        ConfigError: no such run, or an unknown key.
+        DataError: no dataset there, or one without objects.
+        EvaluationError: the run has no model yet, or has other figures at this step.
+    """
+    from orchestrator.load import absolute_uri
+    from workloads.checkpoint import read_meta
+    from workloads.data.manifest import open_dataset
+    from workloads.loops.one_shot import OneShotRunConfig, one_shot
+    from workloads.runtime import LocalRuntime
+
+    client = open_tracking(tracking_uri)
+    found = find_run(client, run)
+    uri = absolute_uri(data)
+    settings = build(OneShotRunConfig, apply_overrides({"uri": uri}, parse_overrides(arguments)))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = fetch_weights(found.info.run_id, client=client, folder=Path(folder))
+        if checkpoint is None:
+            raise EvaluationError(f"run {run} has no model yet; let its training end (the same command continues it)")
+        figures = one_shot(checkpoint, settings, LocalRuntime(Path(folder, "output")))
+        label = f"{dataset_label(uri)}-{open_dataset(uri).manifest.sha256[:8]}"
+        metrics = {key.replace("eval/", f"eval/on_{label}/", 1): value for key, value in figures.items()}
+        log_once(client, found.info.run_id, metrics, step=read_meta(str(checkpoint)).step)
+        _log_artifacts(client, found.info.run_id, Path(folder, "output", "artifacts"), f"on_{label}")
+    address = run_address(client.tracking_uri, found.info.experiment_id, found.info.run_id)
+    return EvaluationResult(
+        run_id=found.info.run_id, address=address, metrics=metrics, headline=figures, artifacts=f"gallery/on_{label}"
+    )
+
+
 def open_tracking(tracking_uri: str | None) -> Any:
     """A client of the given MLflow store, else of MLFLOW_TRACKING_URI's, else of runs/mlflow.db.
 
@@ -102,22 +136,25 @@ def _measure(
     from orchestrator.load import absolute_uri
     from workloads.checkpoint import CONFIG, read_meta
     from workloads.data.manifest import open_dataset
-    from workloads.loops.evaluate import evaluate
+    from workloads.loops.dispatch import build_loop, evaluate_loop
     from workloads.runtime import LocalRuntime
-    from workloads.spec import PretrainConfig
 
-    trained = build(PretrainConfig, read_yaml(checkpoint / CONFIG))
+    trained = build_loop(read_yaml(checkpoint / CONFIG))
     given = parse_overrides(arguments)
     if "data.uri" in given:  # the issue's spelling of --data
         data = given.pop("data.uri")
-    settings = build(PretrainConfig, apply_overrides(to_dict(trained), given)).evaluation
+    run = build_loop(apply_overrides(to_dict(trained), given))
+    settings = run.evaluation
     uri = absolute_uri(data) if data else settings.uri
-    labelled = settings.representation.train_uri if settings.representation is not None else None
+    probe = getattr(settings, "representation", None)
+    labelled = probe.train_uri if probe is not None else None
     if uri is None and labelled is None:
         raise ConfigError("--data: needed, because the run was trained without an evaluation set")
     step = read_meta(str(checkpoint)).step
     runtime = LocalRuntime(output)
-    figures = evaluate(checkpoint, config=dataclasses.replace(settings, uri=uri), runtime=runtime)
+    on_these = build_loop(apply_overrides(to_dict(run), {"evaluation.uri": uri}))
+    figures = evaluate_loop(checkpoint, on_these, runtime)
+    figures = {key: value for key, value in figures.items() if key.startswith("eval/")}
     is_own = uri == trained.evaluation.uri and settings == trained.evaluation
     named = uri or labelled or ""
     label = f"{dataset_label(named)}-{open_dataset(named).manifest.sha256[:8]}"

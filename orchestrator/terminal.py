@@ -12,6 +12,7 @@ _EXPLAINED = {
     "ClusterError",
     "ComparisonError",
     "EvaluationError",
+    "ExportError",
     "PromotionRefusedError",
     "SubmitError",
     "SweepError",

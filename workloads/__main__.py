@@ -6,14 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.checkpoint import CheckpointError, CheckpointWriteError
-from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, to_dict
+from workloads.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
+from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
-from workloads.loops.evaluate import evaluate
-from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError, preflight, pretrain
+from workloads.export import FORMATS, ExportError, export_checkpoint
+from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
+from workloads.loops.one_shot import OneShotRunConfig, one_shot
+from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
-from workloads.spec import EvaluationConfig, PretrainConfig, load_model, load_pretrain
 
 _LOG = logging.getLogger("workloads")
 
@@ -21,25 +22,43 @@ _LOG = logging.getLogger("workloads")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m workloads",
-        description="Pretrain and evaluate without Ray and MLflow. Under torchrun, every process takes its share of the "
+        description="Pretrain, fine-tune and evaluate without Ray and MLflow. Under torchrun, every process takes its share of the "
         "global batch. Results: OUTPUT/metrics.jsonl, OUTPUT/checkpoints, OUTPUT/artifacts.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="run or continue an experiment file")
-    train.add_argument(
-        "experiment", type=Path, help="YAML file; its scaling, tracking and storage sections are skipped"
-    )
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as objective.temperature=0.2")
-    train.add_argument(
-        "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
-    )
-    measure = commands.add_parser("evaluate", help="measure SGA, RIGA and GAP-R of a checkpoint on a dataset")
+    for name, what in (("train", "pretrain"), ("finetune", "fine-tune a detector")):
+        train = commands.add_parser(name, help=f"{what}: run or continue an experiment file")
+        train.add_argument(
+            "experiment", type=Path, help="YAML file; its scaling, tracking and storage sections are skipped"
+        )
+        train.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="dotted keys, as objective.temperature=0.2"
+        )
+        train.add_argument(
+            "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
+        )
+    measure = commands.add_parser("evaluate", help="measure a checkpoint on a dataset, as its loop does")
     measure.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
     measure.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the evaluation section, as uri=…")
     measure.add_argument(
         "--output", type=Path, default=Path("runs/evaluation"), help="folder for the figures and heatmaps"
     )
-    commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
+    look = commands.add_parser("one-shot", help="look for one object in other images with a checkpoint's embeddings")
+    look.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints of a pretraining run")
+    look.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="uri=DATASET, and other keys of the measurement"
+    )
+    look.add_argument(
+        "--output", type=Path, default=Path("runs/one_shot"), help="folder for the figures and the gallery"
+    )
+    out = commands.add_parser("export", help="write a checkpoint's trunk for torchvision, timm, ONNX and others")
+    out.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
+    out.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    out.add_argument("--format", action="append", choices=FORMATS, help="may be given again (default: all)")
+    out.add_argument("--licence", help="what the model card says of the licence")
+    out.add_argument("--output", type=Path, default=Path("exported"), help="folder of the files (default: %(default)s)")
+    keys = commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
+    keys.add_argument("loop", nargs="?", default="pretrain", choices=LOOPS, help="which loop (default: %(default)s)")
     return parser
 
 
@@ -53,12 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if options.command == "keys":
-            for key, default, help_text in describe(PretrainConfig):
+            for key, default, help_text in describe(LOOPS[options.loop]):
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
-        return _train(options, overrides) if options.command == "train" else _evaluate(options, overrides)
-    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError) as error:
+        if options.command == "export":
+            return _export(options)
+        if options.command == "one-shot":
+            return _one_shot(options, overrides)
+        return _evaluate(options, overrides) if options.command == "evaluate" else _train(options, overrides)
+    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError, ExportError) as error:
         _LOG.error("%s", error)
         return 1
     except (ConfigError, DataError, PlanError, CheckpointError) as error:
@@ -67,12 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
-    settings = load_pretrain(options.experiment, overrides)
+    loop = "pretrain" if options.command == "train" else options.command
+    settings = load_loop(options.experiment, overrides, loop=loop)
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
         preflight(settings, runtime.world_size)
         try:
-            pretrain(settings, runtime)
+            run_loop(settings, runtime)
         except DataError as error:  # after preflight, the data broke under a run that had begun
             _LOG.error("%s", error)
             return 1
@@ -82,11 +106,35 @@ def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
-    _, run = load_model(options.checkpoint)
-    settings = build(EvaluationConfig, apply_overrides(to_dict(run.evaluation), overrides))
+    run = build_loop(read_yaml(options.checkpoint / CONFIG))
+    settings = apply_overrides(to_dict(run), {f"evaluation.{key}": value for key, value in overrides.items()})
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
-        evaluate(options.checkpoint, config=settings, runtime=runtime)
+        evaluate_loop(options.checkpoint, build_loop(settings), runtime)
+    finally:
+        runtime.close()
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    files = export_checkpoint(
+        options.checkpoint,
+        tuple(options.format or FORMATS),
+        options.output,
+        title=options.output.name,
+        source={},
+        licence=options.licence,
+    )
+    for purpose, file in files.items():
+        sys.stdout.write(f"{purpose:<20} {file}\n")
+    return 0
+
+
+def _one_shot(options: argparse.Namespace, overrides: dict[str, object]) -> int:
+    settings = build(OneShotRunConfig, apply_overrides({}, overrides))
+    runtime = LocalRuntime(options.output, stream=sys.stdout)
+    try:
+        one_shot(options.checkpoint, settings, runtime)
     finally:
         runtime.close()
     return 0

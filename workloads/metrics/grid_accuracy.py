@@ -131,14 +131,20 @@ def pixel_maps(views: Views, window: int, grid: int) -> Tensor:
     Returns:
         float32 (B, K, grid, grid); the window stands on each cell's centre and is cut at the border.
     """
+    crops = torch.cat([views.crops.mean((-2, -1)), views.crops.square().mean((-2, -1))], dim=-1)
+    return colour_maps(views.full, crops, window, grid)
+
+
+def colour_maps(full: Tensor, colours: Tensor, window: int, grid: int) -> Tensor:
+    """As `pixel_maps`, from square views (B, 3, s, s) and queries (B, K, 6): their channels' means and mean squares."""
 
     def statistics(mean: Tensor, square: Tensor) -> Tensor:
         return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], dim=-1)
 
-    size = views.full.shape[-1]
-    centers = (torch.arange(grid, device=views.full.device) + 0.5) * (size / grid)
+    size = full.shape[-1]
+    centers = (torch.arange(grid, device=full.device) + 0.5) * (size / grid)
     edges = torch.stack([centers - window / 2, centers + window / 2]).round().long().clamp(0, size)
-    both = torch.cat([views.full, views.full.square()], dim=1).double()
+    both = torch.cat([full, full.square()], dim=1).double()
     summed = F.pad(both.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
     low, high = edges
     total = summed[..., high[:, None], high] - summed[..., low[:, None], high]
@@ -146,8 +152,7 @@ def pixel_maps(views: Views, window: int, grid: int) -> Tensor:
     area = (high - low)[:, None] * (high - low)
     mean, square = (total / area).float().permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)
     cells = statistics(mean, square)
-    crops = statistics(views.crops.mean((-2, -1)), views.crops.square().mean((-2, -1)))
-    return -torch.cdist(crops, cells).unflatten(-1, (grid, grid))
+    return -torch.cdist(statistics(*colours.chunk(2, dim=-1)), cells).unflatten(-1, (grid, grid))
 
 
 def score_batch(maps: dict[str, Tensor], views: Views) -> tuple[dict[str, Tensor], Tensor]:

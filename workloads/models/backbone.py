@@ -19,8 +19,6 @@ Stage = Literal["C2", "C3", "C4", "C5"]
 STAGES: tuple[Stage, ...] = ("C2", "C3", "C4", "C5")
 _LAYERS: dict[Stage, str] = {"C2": "layer1", "C3": "layer2", "C4": "layer3", "C5": "layer4"}
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 STAGE_CHANNELS = {
     "resnet18": (64, 128, 256, 512),
     "resnet34": (64, 128, 256, 512),
@@ -29,12 +27,6 @@ STAGE_CHANNELS = {
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def imagenet_normalized(images: Tensor) -> Tensor:
-    """(B, 3, h, w) in [0, 1], RGB, less ImageNet's mean and divided by its standard deviation."""
-    mean, std = images.new_tensor(IMAGENET_MEAN), images.new_tensor(IMAGENET_STD)
-    return (images - mean[:, None, None]) / std[:, None, None]
 
 
 @config
@@ -60,7 +52,7 @@ class BackboneConfig:
 def imagenet_normalized(images: Tensor) -> Tensor:
     """(B, 3, h, w) in [0, 1] to what every trunk takes: ImageNet's statistics, so that supervised weights fit, in NHWC memory."""
     # Channel by channel, because a tensor of three numbers would have to be copied to the device in every step.
-    channels = [(channel - m) / s for channel, m, s in zip(images.unbind(1), _MEAN, _STD, strict=True)]
+    channels = [(channel - m) / s for channel, m, s in zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)]
     return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
 
 
@@ -128,6 +120,7 @@ class Trunk(nn.Module):
 
     def __init__(self, settings: BackboneConfig, *, deepest: Stage = "C5") -> None:
         super().__init__()
+        self.settings = settings
         weights = "IMAGENET1K_V1" if settings.weights == "imagenet" else None
         make = torchvision.models.get_model_builder(settings.name)
         # torchvision calls the norm with a number of channels only, as GroupNorm needs it to be wrapped.
