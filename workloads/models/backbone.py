@@ -23,6 +23,15 @@ STAGE_CHANNELS = {
 }
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def imagenet_normalized(images: Tensor) -> Tensor:
+    """(B, 3, h, w) in [0, 1], RGB, less ImageNet's mean and divided by its standard deviation."""
+    mean, std = images.new_tensor(IMAGENET_MEAN), images.new_tensor(IMAGENET_STD)
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
 @config
 class BackboneConfig:
     """Which trunk, from where, with which norm."""

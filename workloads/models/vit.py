@@ -1,0 +1,170 @@
+"""Vision transformers from timm as a trunk: tokens for training, the last block's keys and CLS attention for discovery."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from workloads.config import ConfigError, config
+
+VitName = Literal["vit_tiny", "vit_small", "vit_small_dino"]
+
+_TIMM_NAMES: dict[VitName, str] = {
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_small_dino": "vit_small_patch16_224.dino",
+}
+_PREFIXES = ("module.", "backbone.", "trunk.", "body.")  # what wrappers put before timm's names
+_HEADS = ("head.", "fc_norm.", "pre_logits.")
+
+
+@config
+class VitConfig:
+    """Which vision transformer, from where."""
+
+    name: VitName = "vit_tiny"
+    """Architecture, timm's; vit_small_dino is vit_small as DINO's weights have it."""
+    weights: str = "none"
+    """none: random; timm: downloaded by timm; else a local file, .safetensors or a PyTorch file of tensors such as DINO's."""
+    patch_size: Annotated[int, Field(ge=2)] = 16
+    """Side of a patch, pixels."""
+    depth: PositiveInt = 12
+    """Blocks; other than 12 is another model, for which there are no public weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A transformer's output after its final norm; D is the embedding width, p the patch size."""
+
+    cls: Tensor  # (B, D)
+    patches: Tensor  # (B, D, h/p, w/p)
+
+
+@dataclass(frozen=True, slots=True)
+class LastAttention:
+    """What the last block attends with; N = grid_hw[0] · grid_hw[1] patches, row by row, without CLS."""
+
+    keys: Tensor  # (B, N, D): all heads side by side, as DINO's users take them
+    cls_attention: Tensor  # (B, heads, N): weights from CLS to each patch; a row sums to 1 minus CLS's own
+    grid_hw: tuple[int, int]
+
+
+class VitTrunk(nn.Module):
+    """A timm VisionTransformer without its classifier, for images of any size that is a multiple of the patch.
+
+    Its `body` keeps timm's parameter names, so that its state dict loads into a plain timm model. Positions are resampled
+    to the image's grid by timm (bicubic, antialiased); DINO's own code resamples without antialiasing.
+    """
+
+    body: Any  # timm's VisionTransformer, whose parts nn.Module's own annotations do not know
+
+    def __init__(self, settings: VitConfig) -> None:
+        import timm
+
+        super().__init__()
+        options: dict[str, Any] = {"patch_size": settings.patch_size, "depth": settings.depth}
+        from_timm = settings.weights == "timm"
+        if from_timm and options != {"patch_size": 16, "depth": 12}:
+            raise ConfigError("weights: timm has weights for patch_size=16 and depth=12 only")
+        try:
+            self.body = timm.create_model(
+                _TIMM_NAMES[settings.name], pretrained=from_timm, num_classes=0, dynamic_img_size=True, **options
+            )
+        except Exception as error:
+            if not from_timm:
+                raise
+            # What a refused network raises depends on the HTTP client that timm's hub happens to use.
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(
+                f"weights: timm could not download {_TIMM_NAMES[settings.name]} ({reason}); give a local file instead"
+            ) from None
+        self.patch_size = settings.patch_size
+        self.channels = int(self.body.embed_dim)
+        if settings.weights not in ("none", "timm"):
+            load_vit_weights(self, settings.weights)
+
+    def forward(self, images: Tensor) -> Tokens:
+        """(B, 3, h, w), normalised with ImageNet's statistics, to its tokens; h and w are multiples of the patch."""
+        tokens = self.body.norm(self.body.blocks[-1](self._before_last_block(images)))
+        return Tokens(cls=tokens[:, 0], patches=tokens[:, 1:].mT.unflatten(2, self._grid_hw(images)))
+
+    def last_attention(self, images: Tensor) -> LastAttention:
+        """(B, 3, h, w), normalised as for `forward`, to the last block's keys and CLS attention.
+
+        The last block's queries, keys and values are of its normed input, biases included; what follows them in the block
+        is not computed.
+        """
+        block = self.body.blocks[-1]
+        x = block.norm1(self._before_last_block(images))
+        d, heads = self.channels, block.attn.num_heads
+        weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+        keys = F.linear(x, weight[d : 2 * d], bias[d : 2 * d])
+        query = F.linear(x[:, :1], weight[:d], bias[:d])
+        by_head = keys.unflatten(2, (heads, -1)).transpose(1, 2)
+        scores = query.unflatten(2, (heads, -1)).transpose(1, 2) @ by_head.mT
+        attention = (scores.float() / math.sqrt(d // heads)).softmax(-1)
+        return LastAttention(keys=keys[:, 1:], cls_attention=attention[:, :, 0, 1:], grid_hw=self._grid_hw(images))
+
+    def _grid_hw(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+
+    def _before_last_block(self, images: Tensor) -> Tensor:
+        """(B, 1 + N, D), as timm's `forward_features` has it there."""
+        body = self.body
+        x = body.norm_pre(body.patch_drop(body._pos_embed(body.patch_embed(images))))
+        for block in body.blocks[:-1]:
+            x = block(x)
+        return x
+
+
+def load_vit_weights(trunk: VitTrunk, path: str | Path) -> None:
+    """Load a file of tensors into `trunk`; nothing in the file is executed.
+
+    Names are timm's, which are DINO's too, below `teacher`, `state_dict` or `model` and behind the prefixes of wrappers
+    where there are any; a classifier is left out.
+
+    Raises:
+        ConfigError: no such file, one that holds other things than tensors, or weights of another model.
+    """
+    state = _named_as_timm(_read_tensors(Path(path)))
+    try:
+        trunk.body.load_state_dict(state)
+    except RuntimeError as error:  # torch lists the names on lines of their own
+        differences = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ConfigError(f"weights: {path} holds another model ({differences[:300]})") from None
+
+
+def _read_tensors(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"weights: there is no file {path}; give none, timm, or the path of a file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever an unpickler of foreign bytes raises
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"weights: {path} is not a file of tensors alone ({reason}); save its state dict") from None
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"weights: {path} holds a {type(found).__name__}, not a state dict")
+    return found
+
+
+def _named_as_timm(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    for wrapper in ("teacher", "state_dict", "model"):
+        if isinstance(state.get(wrapper), Mapping):
+            return _named_as_timm(state[wrapper])
+    named: dict[str, Tensor] = {}
+    for name, value in state.items():
+        while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
+            name = name.removeprefix(prefix)
+        if isinstance(value, Tensor) and not name.startswith(_HEADS):
+            named[name] = value
+    return named
