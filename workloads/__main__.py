@@ -10,6 +10,9 @@ from workloads.checkpoint import CheckpointError, CheckpointWriteError
 from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
+from workloads.discovery.components import FeaturesError
+from workloads.loops.discover import DiscoverConfig
+from workloads.loops.discovered import DiscoveryError, discover
 from workloads.loops.evaluate import evaluate
 from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError, preflight, pretrain
 from workloads.runtime import LocalRuntime
@@ -39,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--output", type=Path, default=Path("runs/evaluation"), help="folder for the figures and heatmaps"
     )
+    look = commands.add_parser("discover", help="find one object an image, and measure CorLoc where objects are known")
+    look.add_argument("overrides", nargs="*", metavar="key=value", help="uri=DATASET, methods, trunk.kind …")
+    look.add_argument("--output", type=Path, default=Path("runs/discovery"), help="folder for boxes and figures")
     commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
     return parser
 
@@ -57,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
-        return _train(options, overrides) if options.command == "train" else _evaluate(options, overrides)
-    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError) as error:
+        run = {"train": _train, "evaluate": _evaluate, "discover": _discover}[options.command]
+        return run(options, overrides)
+    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError, DiscoveryError, FeaturesError) as error:
         _LOG.error("%s", error)
         return 1
     except (ConfigError, DataError, PlanError, CheckpointError) as error:
@@ -89,6 +96,18 @@ def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
         evaluate(options.checkpoint, uri=settings.uri, config=settings, runtime=runtime)
+    finally:
+        runtime.close()
+    return 0
+
+
+def _discover(options: argparse.Namespace, overrides: dict[str, object]) -> int:
+    if "uri" not in overrides:
+        raise ConfigError("uri: name the dataset to look at, as uri=FOLDER")
+    settings = build(DiscoverConfig, apply_overrides({}, overrides))
+    runtime = LocalRuntime(options.output, stream=sys.stdout)
+    try:
+        discover(settings, runtime, str(options.output))
     finally:
         runtime.close()
     return 0
