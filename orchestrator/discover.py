@@ -35,11 +35,12 @@ from workloads.loops.discover import (
     CheckpointTrunkConfig,
     DiscoverConfig,
     Job,
-    PartWorker,
+    MatchConfig,
     VitTrunkConfig,
     finished_record,
     prepare,
 )
+from workloads.loops.discover_part import PartWorker
 from workloads.loops.discovered import DiscoveryError, finish
 
 Progress = Callable[[int, int], None]
@@ -86,8 +87,11 @@ def load_discovery(arguments: Sequence[str]) -> DiscoverExperiment:
         raise ConfigError("uri: name the dataset to look at, as uri=FOLDER")
     found = build(DiscoverExperiment, data)
     changes: dict[str, Any] = {"uri": absolute_uri(found.uri), "output": absolute_uri(found.output)}
-    if found.file is not None:
-        changes["file"] = absolute_uri(found.file)
+    for name in ("file", "detector"):
+        if (path := getattr(found, name)) is not None:
+            changes[name] = absolute_uri(path)
+    if found.match.boxes is not None and found.match.uri is not None:
+        changes["match"] = MatchConfig(boxes=absolute_uri(found.match.boxes), uri=absolute_uri(found.match.uri))
     match found.trunk:
         case CheckpointTrunkConfig(uri=uri):
             changes["trunk"] = dataclasses.replace(found.trunk, uri=absolute_uri(uri))

@@ -13,10 +13,11 @@ from workloads.data.sample_plan import PlanError
 from workloads.discovery.components import FeaturesError
 from workloads.loops.discover import DiscoverConfig
 from workloads.loops.discovered import DiscoveryError, discover
+from workloads.loops.dispatch import LOOPS, load_loop, preflight, run_loop
 from workloads.loops.evaluate import evaluate
-from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError, preflight, pretrain
+from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
-from workloads.spec import EvaluationConfig, PretrainConfig, load_model, load_pretrain
+from workloads.spec import EvaluationConfig, load_model
 
 _LOG = logging.getLogger("workloads")
 
@@ -24,18 +25,21 @@ _LOG = logging.getLogger("workloads")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m workloads",
-        description="Pretrain and evaluate without Ray and MLflow. Under torchrun, every process takes its share of the "
+        description="Pretrain, fine-tune and evaluate without Ray and MLflow. Under torchrun, every process takes its share of the "
         "global batch. Results: OUTPUT/metrics.jsonl, OUTPUT/checkpoints, OUTPUT/artifacts.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="run or continue an experiment file")
-    train.add_argument(
-        "experiment", type=Path, help="YAML file; its scaling, tracking and storage sections are skipped"
-    )
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as objective.temperature=0.2")
-    train.add_argument(
-        "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
-    )
+    for name, what in (("train", "pretrain"), ("finetune", "fine-tune a detector")):
+        train = commands.add_parser(name, help=f"{what}: run or continue an experiment file")
+        train.add_argument(
+            "experiment", type=Path, help="YAML file; its scaling, tracking and storage sections are skipped"
+        )
+        train.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="dotted keys, as objective.temperature=0.2"
+        )
+        train.add_argument(
+            "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
+        )
     measure = commands.add_parser("evaluate", help="measure SGA, RIGA and GAP-R of a checkpoint on a dataset")
     measure.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
     measure.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the evaluation section, as uri=…")
@@ -45,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     look = commands.add_parser("discover", help="find one object an image, and measure CorLoc where objects are known")
     look.add_argument("overrides", nargs="*", metavar="key=value", help="uri=DATASET, methods, trunk.kind …")
     look.add_argument("--output", type=Path, default=Path("runs/discovery"), help="folder for boxes and figures")
-    commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
+    keys = commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
+    keys.add_argument("loop", nargs="?", default="pretrain", choices=LOOPS, help="which loop (default: %(default)s)")
     return parser
 
 
@@ -59,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if options.command == "keys":
-            for key, default, help_text in describe(PretrainConfig):
+            for key, default, help_text in describe(LOOPS[options.loop]):
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
-        run = {"train": _train, "evaluate": _evaluate, "discover": _discover}[options.command]
+        run = {"evaluate": _evaluate, "discover": _discover}.get(options.command, _train)
         return run(options, overrides)
     except (NonFiniteLossError, RunStoppedError, CheckpointWriteError, DiscoveryError, FeaturesError) as error:
         _LOG.error("%s", error)
@@ -74,12 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
-    settings = load_pretrain(options.experiment, overrides)
+    loop = "pretrain" if options.command == "train" else options.command
+    settings = load_loop(options.experiment, overrides, loop=loop)
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
         preflight(settings, runtime.world_size)
         try:
-            pretrain(settings, runtime)
+            run_loop(settings, runtime)
         except DataError as error:  # after preflight, the data broke under a run that had begun
             _LOG.error("%s", error)
             return 1

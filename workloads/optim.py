@@ -72,6 +72,24 @@ class ScheduleConfig:
     """Factor at the end of the cosine."""
 
 
+@config
+class DropScheduleConfig:
+    """Learning rate over the run as detectors are trained: a linear warm-up, then constant but for a few drops."""
+
+    warmup: BelowOne = 0.05
+    """Share of the steps over which the rate rises linearly from 0."""
+    drops: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (2 / 3, 8 / 9)
+    """Shares of the steps at which the rate is multiplied by `factor`; COCO's schedules drop at 60,000 and 80,000 of 90,000."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """What a drop multiplies the rate by."""
+
+
+def dropped_rate_at(step: int, steps: int, schedule: DropScheduleConfig) -> float:
+    """The factor of the peak rate for the update from `step` to `step + 1` of `steps`."""
+    rising = min(1.0, (step + 1) / (schedule.warmup * steps)) if schedule.warmup else 1.0
+    return rising * schedule.factor ** sum(step >= share * steps for share in schedule.drops)
+
+
 def rate_at(step: int, steps: int, schedule: ScheduleConfig) -> float:
     """The factor of the peak rate for the update from `step` to `step + 1` of `steps`."""
     warmup = schedule.warmup * steps

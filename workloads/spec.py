@@ -43,6 +43,8 @@ class EvaluationConfig:
 class PretrainConfig:
     """A pretraining run."""
 
+    loop: Literal["pretrain"] = "pretrain"
+    """Which loop runs."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "pretrain"
     """Name of the run: the same name and storage continue the same run."""
     seed: Annotated[int, Field(ge=0)] = 0

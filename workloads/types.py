@@ -75,3 +75,13 @@ class StepResult:
 
     loss: Tensor  # scalar float32; its gradient, averaged over ranks by DDP, is that of the global-batch mean
     metrics: Mapping[str, Tensor]  # detached scalars; already global
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detections:
+    """What a detector found in one image, best first."""
+
+    boxes_xyxy: Tensor  # float32 (n, 4): pixels of the upright source image
+    scores: Tensor  # float32 (n,) in [0, 1]
+    labels: Tensor  # int64 (n,): 1 is the first category
+    masks: Tensor | None = None  # float32 (n, 28, 28): probability of the object within its box

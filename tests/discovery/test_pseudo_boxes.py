@@ -65,7 +65,7 @@ def test_a_pickle_of_losts_is_read(protocol: int, dtype: str) -> None:
     assert found.boxes_xyxy.tolist() == [[16, 32, 480, 320], [1, 2, 3, 4], [1, 2, 3, 4.5]]
     text = json.dumps(pickle_to_json(data))
     assert json.loads(text)["000005.jpg"] == [16, 32, 480, 320]
-    nested = collections.defaultdict(dict, {"x": np.arange(4.0)})
+    nested = collections.defaultdict(collections.defaultdict, {"x": np.arange(4.0)})
     assert pickle_to_json(pickle.dumps(nested, protocol=protocol)) == {"x": [0, 1, 2, 3]}
 
 

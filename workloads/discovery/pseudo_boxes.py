@@ -181,6 +181,13 @@ class _Dtype:
         return np.dtype((">" if self.order == ">" else "<") + self.name)
 
 
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
+    """An array as protocol 5 has it."""
+    made = _Array()
+    made.__setstate__((1, shape, dtype, order == "F", bytes(data) if isinstance(data, (bytes, bytearray)) else data))
+    return made
+
+
 def _scalar(dtype: Any, data: Any) -> Any:
     if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)):
         raise DataError("a number is not a plain one")
@@ -204,6 +211,7 @@ class _Mapping(dict[Any, Any]):
 _STAND_INS: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encoded,

@@ -6,41 +6,29 @@ processes may work, be killed and begin again: at the end every image is there e
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
 from workloads.checkpoint import read_meta
 from workloads.config import ConfigError, config, to_dict
-from workloads.data.filesystems import put_bytes, read_bytes, resolve_uri
+from workloads.data.filesystems import read_bytes, resolve_uri
 from workloads.data.manifest import open_dataset
-from workloads.data.reader import DataConfig, EvalLoader
-from workloads.data.views import crop_boxes
-from workloads.discovery import baselines
 from workloads.discovery.baselines import CentreConfig, ClsAttentionConfig, FelzenszwalbConfig
 from workloads.discovery.clustering import ClustersConfig
-from workloads.discovery.components import FeaturesError
-from workloads.discovery.features import PatchExtractor, PatchFeatures, cells_to_pixels, same_size_groups
-from workloads.discovery.lost import LostConfig, lost
+from workloads.discovery.lost import LostConfig
 from workloads.discovery.pseudo_boxes import read_boxes
-from workloads.discovery.tokencut import TokenCutConfig, tokencut
+from workloads.discovery.tokencut import TokenCutConfig
 from workloads.metrics.corloc import CorLocConfig
-from workloads.models.backbone import BackboneConfig, Trunk, imagenet_normalized
+from workloads.models.backbone import BackboneConfig, Trunk
 from workloads.models.vit import VitConfig, VitTrunk
 from workloads.spec import load_model
-from workloads.types import ImageBatch
 
-Method = Literal["lost", "tokencut", "cls_attention", "whole", "centre", "random", "felzenszwalb", "file"]
+Method = Literal["lost", "tokencut", "cls_attention", "whole", "centre", "random", "felzenszwalb", "file", "detector"]
 NEEDS_TRUNK: tuple[Method, ...] = ("lost", "tokencut", "cls_attention")
 
 RECORD = "figures.json"
@@ -76,6 +64,20 @@ class CheckpointTrunkConfig:
 
 
 @config
+class MatchConfig:
+    """Which clusters stand for which classes: fitted on training images, used for the first method's boxes here."""
+
+    boxes: str | None = None
+    """Clustered boxes of the training images (`METHOD/boxes.parquet` of their discovery); null: no match, no AP50 by class."""
+    uri: str | None = None
+    """The training images' dataset, whose objects the clusters are matched to."""
+
+    def __post_init__(self) -> None:
+        if (self.boxes is None) != (self.uri is None):
+            raise ConfigError("match.boxes: goes together with match.uri")
+
+
+@config
 class DiscoverConfig:
     """What is looked for where, and how."""
 
@@ -99,7 +101,11 @@ class DiscoverConfig:
     felzenszwalb: FelzenszwalbConfig = FelzenszwalbConfig()
     file: str | None = None
     """Boxes that another program found, for the method `file`: Parquet, COCO results JSON, or a pickle of LOST's."""
+    detector: str | None = None
+    """Checkpoint of a fine-tuning run, for the method `detector`: up to 100 boxes an image, of which the best counts for
+    CorLoc."""
     clusters: ClustersConfig = ClustersConfig()
+    match: MatchConfig = MatchConfig()
     corloc: CorLocConfig = CorLocConfig()
     batch_size: PositiveInt = 16
     """Images decoded at a time; those of one size go through the trunk together. Changes speed and memory, not boxes."""
@@ -117,6 +123,10 @@ class DiscoverConfig:
             raise ConfigError(f"methods: each one once, given {list(self.methods)}")
         if ("file" in self.methods) != (self.file is not None):
             raise ConfigError("file: goes together with the method file")
+        if ("detector" in self.methods) != (self.detector is not None):
+            raise ConfigError("detector: goes together with the method detector")
+        if self.methods[0] == "detector" and self.clusters.count is not None:
+            raise ConfigError("clusters.count: a detector's boxes are not clustered; choose another first method")
         if "cls_attention" in self.methods and self.trunk.kind == "resnet":
             raise ConfigError("methods: cls_attention needs a transformer; choose trunk.kind=vit")
 
@@ -191,8 +201,11 @@ def prepare(settings: DiscoverConfig, output: str) -> Job:
         DataError: no dataset, or no boxes in `file`. ConfigError: no weights, or an output that holds something else.
     """
     dataset = open_dataset(settings.uri)
-    if settings.file is not None:
-        read_boxes(settings.file)
+    for file in (settings.file, settings.match.boxes):
+        if file is not None:
+            read_boxes(file)
+    if settings.match.uri is not None:
+        open_dataset(settings.match.uri)
     count = min(dataset.num_images, settings.limit or dataset.num_images)
     # How work is cut into pieces, and where it is done, decides no box.
     decides = {
@@ -224,13 +237,14 @@ def finished_record(output: str) -> dict[str, Any] | None:
 
 
 def _weights_digest(settings: DiscoverConfig) -> str:
-    files = [settings.file] if settings.file is not None else []
+    files = [file for file in (settings.file, settings.match.boxes) if file is not None]
+    checkpoints = [settings.detector] if settings.detector is not None else []
     match settings.trunk:
         case CheckpointTrunkConfig(uri=uri) if settings.uses_trunk:
-            return read_meta(uri).state_sha256 + _digest(files)
+            checkpoints.append(uri)
         case VitTrunkConfig(vit=vit) if settings.uses_trunk and vit.weights not in ("none", "timm"):
             files.append(vit.weights)
-    return _digest(files)
+    return " ".join([*(read_meta(uri).state_sha256 for uri in checkpoints), _digest(files)])
 
 
 def _digest(files: list[str]) -> str:
@@ -241,172 +255,3 @@ def _digest(files: list[str]) -> str:
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read ({error})") from None
     return found.hexdigest()
-
-
-PART_SCHEMA = pa.schema(
-    [
-        ("position", pa.int64()),
-        ("image_id", pa.string()),
-        ("method", pa.string()),
-        ("decoded", pa.bool_()),
-        *[(side, pa.float32()) for side in ("x0", "y0", "x1", "y1")],  # null where there is no box
-        ("score", pa.float32()),
-        ("feature", pa.list_(pa.float32())),
-    ]
-)
-
-
-class PartWorker:
-    """One process's networks; works on any number of parts, one after the other."""
-
-    def __init__(self, job: Job, *, device: torch.device | str = "cpu") -> None:
-        self._job, self._settings, self._device = job, job.settings, torch.device(device)
-        self._dataset = open_dataset(job.settings.uri)
-        self._extractor: PatchExtractor | None = None
-        if job.settings.uses_trunk:
-            trunk = make_trunk(job.settings)
-            self._extractor = PatchExtractor(trunk, stride=job.settings.stride).eval().to(self._device)
-        self._given = read_boxes(job.settings.file).best() if job.settings.file is not None else {}
-
-    def run(self, part: int, *, tick: Callable[[int], None] | None = None) -> int:
-        """Find the boxes of one part and write its file; returns its number of images. Safe to repeat.
-
-        Raises:
-            DataError: a shard cannot be read. FeaturesError: an image's features are not finite, which names the image.
-        """
-        rows: list[dict[str, Any]] = []
-        images = 0
-        for batch in self._batches(part):
-            rows += self._found(batch)
-            here = sum(1 for image_id in batch.image_ids if image_id)
-            images += here
-            if tick is not None:
-                tick(here)
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=PART_SCHEMA), sink, compression="zstd")
-        put_bytes(self._job.state[0], self._job.part_path(part), sink.getvalue().to_pybytes())
-        return images
-
-    def _batches(self, part: int) -> Iterator[ImageBatch]:
-        loader = EvalLoader(
-            self._dataset,
-            reading(self._settings),
-            batch_size=self._settings.batch_size,
-            rank=part,
-            world_size=self._job.num_parts,
-            limit=self._job.num_images,
-        )
-        for batch in loader:
-            yield batch.to(self._device)
-
-    @torch.no_grad()
-    def _found(self, batch: ImageBatch) -> list[dict[str, Any]]:
-        boxes = {method: torch.zeros(len(batch.image_ids), 4, dtype=torch.float64) for method in self._settings.methods}
-        scores = {method: torch.ones(len(batch.image_ids)) for method in self._settings.methods}
-        for method in self._settings.methods:
-            if method not in NEEDS_TRUNK:
-                boxes[method] = self._without_trunk(method, batch)
-        if any(method in NEEDS_TRUNK for method in self._settings.methods):
-            self._with_trunk(batch, boxes, scores)
-        features = self._features(batch, boxes[self._settings.methods[0]])
-        return _part_rows(batch, self._settings.methods, boxes, scores, features)
-
-    def _with_trunk(self, batch: ImageBatch, boxes: dict[Method, Tensor], scores: dict[Method, Tensor]) -> None:
-        assert self._extractor is not None
-        for group in same_size_groups(batch, self._extractor.cell):
-            patches = self._extractor(group.images)
-            rows = group.rows.cpu()
-            for method in self._settings.methods:
-                if method in NEEDS_TRUNK:
-                    try:
-                        found = find(method, patches, self._settings)
-                    except FeaturesError as error:
-                        names = ", ".join(batch.image_ids[i] for i in rows.tolist())
-                        raise FeaturesError(f"{method}: {error}; among the images {names}") from None
-                    in_pixels = cells_to_pixels(
-                        found.boxes_xyxy,
-                        self._extractor.cell,
-                        batch.content_hw[group.rows],
-                        batch.source_hw[group.rows],
-                    )
-                    boxes[method][rows], scores[method][rows] = in_pixels.cpu(), found.scores.cpu()
-
-    def _without_trunk(self, method: Method, batch: ImageBatch) -> Tensor:
-        source = batch.source_hw.cpu()
-        match method:
-            case "whole":
-                return baselines.whole_image(source)
-            case "centre":
-                return baselines.centre_box(source, self._settings.centre.side)
-            case "random":
-                return baselines.random_box(batch.image_ids, source, seed=self._settings.seed)
-            case "felzenszwalb":
-                return self._regions(batch)
-        missing = np.full(4, np.nan)
-        return torch.from_numpy(np.stack([self._given.get(image_id, missing) for image_id in batch.image_ids]))
-
-    def _regions(self, batch: ImageBatch) -> Tensor:
-        found = torch.zeros(len(batch.image_ids), 4, dtype=torch.float64)
-        for i in batch.valid.nonzero().flatten().tolist():
-            height, width = batch.content_hw[i].tolist()
-            pixels = batch.images[i, :, :height, :width].cpu().numpy()
-            shares = torch.from_numpy(baselines.felzenszwalb_box(pixels, self._settings.felzenszwalb))
-            found[i] = shares * batch.source_hw[i].cpu().flip(0).repeat(2)
-        return found
-
-    def _features(self, batch: ImageBatch, boxes: Tensor) -> np.ndarray | None:
-        """float32 (B, D) of the boxes' crops, or None where no clusters are wanted."""
-        if self._settings.clusters.count is None:
-            return None
-        assert self._extractor is not None
-        scale = (batch.content_hw.double() / batch.source_hw.clamp(min=1)).flip(1).repeat(1, 2).cpu()
-        on_canvas = (boxes * scale).nan_to_num()
-        on_canvas[:, 2:] = torch.maximum(on_canvas[:, 2:], on_canvas[:, :2] + 1)
-        crops = crop_boxes(batch.images, on_canvas.to(self._device), self._settings.clusters.crop_size)
-        return self._extractor.describe(imagenet_normalized(crops)).cpu().numpy()
-
-
-def reading(settings: DiscoverConfig) -> DataConfig:
-    """How images are read for discovery."""
-    return DataConfig(uri=settings.uri, decode_size=settings.long_side, decode_threads=settings.decode_threads)
-
-
-def find(method: Method, patches: PatchFeatures, settings: DiscoverConfig) -> Any:
-    """The regions that a method of `NEEDS_TRUNK` finds in patch features."""
-    if method == "lost":
-        return lost(patches.features, patches.grid_hw, settings.lost)
-    if method == "tokencut":
-        return tokencut(patches.features, patches.grid_hw, settings.tokencut)
-    if patches.cls_attention is None:
-        raise ConfigError("methods: cls_attention needs a transformer's trunk")
-    return baselines.cls_attention(patches.cls_attention, patches.grid_hw, settings.cls_attention)
-
-
-def _part_rows(
-    batch: ImageBatch,
-    methods: tuple[Method, ...],
-    boxes: Mapping[Method, Tensor],
-    scores: Mapping[Method, Tensor],
-    features: np.ndarray | None,
-) -> list[dict[str, Any]]:
-    rows = []
-    for i, (image_id, valid) in enumerate(zip(batch.image_ids, batch.valid.tolist(), strict=True)):
-        if not image_id:  # padding
-            continue
-        for method in methods:
-            box = boxes[method][i].tolist()
-            has_box = valid and not any(math.isnan(side) for side in box)
-            sides = dict(zip(("x0", "y0", "x1", "y1"), box if has_box else [None] * 4, strict=True))
-            has_feature = has_box and features is not None and method == methods[0]
-            rows.append(
-                {
-                    "position": int(batch.positions[i]),
-                    "image_id": image_id,
-                    "method": method,
-                    "decoded": valid,
-                    **sides,
-                    "score": float(scores[method][i]) if has_box else None,
-                    "feature": features[i].tolist() if has_feature and features is not None else None,
-                }
-            )
-    return rows

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,13 @@ from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.objects import AGNOSTIC, Objects
 from workloads.data.reader import Annotations, DataConfig, EvalLoader, read_annotations
 from workloads.discovery.clustering import cluster, cluster_names
-from workloads.discovery.pseudo_boxes import OBJECT, FoundBoxes, write_coco_results, write_parquet
+from workloads.discovery.pseudo_boxes import FoundBoxes, read_boxes, write_coco_results, write_parquet
 from workloads.distributed import wait_for_all
-from workloads.loops.discover import RECORD, DiscoverConfig, Job, Method, PartWorker, finished_record, prepare
+from workloads.loops.discover import RECORD, DiscoverConfig, Job, Method, finished_record, prepare
+from workloads.loops.discover_part import PartWorker
 from workloads.metrics.average_precision import DetectionTable, Truth, average_precision
 from workloads.metrics.corloc import CorLocConfig, Hits, corloc_figures, corloc_gain, corloc_hits
+from workloads.metrics.matched_precision import fit_match, matched_precision
 from workloads.reports.discoveries import Panel, draw_clusters, draw_discoveries
 from workloads.runtime import Runtime, new_folder
 
@@ -99,6 +102,9 @@ def finish(job: Job, pictures: Path) -> Discovered:
     looked_at = set(table["image_id"].to_pylist())
     truth = {name: item for name, item in read_annotations(dataset).items() if name in looked_at}
     hits, figures = measure(found, truth, job.settings)
+    classes = _by_class(found[job.settings.methods[0]], truth, job.settings)
+    if "mean" in classes.get("ap50", {}):
+        figures["eval/matched_ap50"] = classes["ap50"]["mean"]
     figures |= {"discover/images": float(job.num_images), "discover/undecodable": float(len(undecodable))}
     root = job.output.rstrip("/")
     for method, boxes in found.items():
@@ -112,6 +118,7 @@ def finish(job: Job, pictures: Path) -> Discovered:
         "figures": figures,
         "dataset_manifest_sha256": dataset.manifest.sha256,
         "undecodable": undecodable,
+        **({"classes": classes} if classes else {}),
     }
     _put_text(json.dumps(record, indent=1) + "\n", f"{root}/{RECORD}")
     filesystem, parts = job.state
@@ -144,7 +151,8 @@ def read_parts(job: Job) -> pa.Table:
     table = pa.concat_tables(tables).sort_by("position")
     for method in job.settings.methods:
         places = _rows_of(table, method)["position"].to_numpy()
-        if not np.array_equal(places, np.arange(job.num_images)):
+        # A detector has several rows an image, all of them from one part's file.
+        if not np.array_equal(np.unique(places) if method == "detector" else places, np.arange(job.num_images)):
             raise DiscoveryError(
                 f"{method}: {len(places)} rows of {len(np.unique(places))} images, expected each of {job.num_images} once"
             )
@@ -162,7 +170,7 @@ def _boxes_of(table: pa.Table, method: Method) -> FoundBoxes:
         image_ids=tuple(rows["image_id"].to_pylist()),
         boxes_xyxy=np.stack([rows[side].to_numpy().astype(np.float64) for side in ("x0", "y0", "x1", "y1")], axis=1),
         scores=rows["score"].to_numpy().astype(np.float64),
-        categories=(OBJECT,) * len(rows),
+        categories=tuple(rows["category"].to_pylist()),
     )
 
 
@@ -194,6 +202,19 @@ def measure(
         if method == settings.methods[0]:
             figures |= {f"eval/{name}": value for name, value in own.items()}
     return hits, {name: value for name, value in figures.items() if np.isfinite(value)}
+
+
+def _by_class(
+    boxes: FoundBoxes, truth: Mapping[str, Annotations], settings: DiscoverConfig
+) -> dict[str, dict[str, Any]]:
+    """The match of clusters to classes, and AP50 of each class; nothing where no match is asked for."""
+    if settings.match.boxes is None or settings.match.uri is None:
+        return {}
+    match = fit_match(
+        read_boxes(settings.match.boxes), read_annotations(open_dataset(settings.match.uri)), settings.corloc
+    )
+    ap50 = matched_precision(boxes, truth, match)
+    return {"match": match, "ap50": {name: value for name, value in ap50.items() if np.isfinite(value)}}
 
 
 def agnostic_precision(boxes: FoundBoxes, truth: Mapping[str, Annotations], settings: CorLocConfig) -> dict[str, float]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,13 +113,13 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     model = runtime.prepare(objective)
     optimizer = make_optimizer(objective, settings.optimizer)
     identity = CheckpointMeta(step=0, config_sha256=config_hash(settings), manifest_sha256=dataset.manifest.sha256)
-    restored = _resume(runtime, objective, optimizer, identity)
+    restored = resume_run(runtime, objective, optimizer, identity)
     step = restored.meta.step if restored is not None else 0
 
     loader = TrainLoader(dataset, plan, settings.data, rank=runtime.rank, world_size=runtime.world_size)
     evaluation = GridEvaluation.of(settings, runtime)
     batches = loader.iterate(start_step=step)
-    meter = _Meter(loader)
+    meter = Meter(loader)
     ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None
     figures: dict[str, float] = {}
     try:
@@ -141,9 +142,9 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
             request = runtime.request() if log or runtime.world_size == 1 else "go on"
             every = settings.evaluation.every_steps
             evaluate = evaluation is not None and (last or (every is not None and step % every == 0))
-            save = last or evaluate or request != "go on" or _is_due(step, settings, plan.steps_per_epoch)
+            save = last or evaluate or request != "go on" or is_due(step, settings, plan.steps_per_epoch)
             if log or save:
-                meter.check(step, _saved(runtime))
+                meter.check(step, last_saved(runtime))
                 meter.count_bad_rows()
             record = meter.flush(settings.global_batch_size) if log else {}
             runtime.progress(meter.line(), step=step, total_steps=settings.steps)
@@ -181,7 +182,17 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     return figures
 
 
-def _is_due(step: int, settings: PretrainConfig, steps_per_epoch: int) -> bool:
+class CheckpointRhythm(Protocol):
+    """The part of a run's config that says when checkpoints are due."""
+
+    @property
+    def checkpoint_every(self) -> int | None: ...
+    @property
+    def checkpoint_epochs(self) -> int | None: ...
+
+
+def is_due(step: int, settings: CheckpointRhythm, steps_per_epoch: int) -> bool:
+    """Whether a checkpoint is due after `step`."""
     every = settings.checkpoint_every
     if every is not None and step % every == 0:
         return True
@@ -212,7 +223,7 @@ def _update(
     return dict(result.metrics)
 
 
-def _resume(
+def resume_run(
     runtime: Runtime, objective: nn.Module, optimizer: torch.optim.Optimizer, run: CheckpointMeta
 ) -> Restored | None:
     """Load the newest checkpoint, if there is one."""
@@ -233,16 +244,18 @@ def _resume(
     return found
 
 
-def _saved(runtime: Runtime) -> str:
+def last_saved(runtime: Runtime) -> str:
+    """In words, which checkpoint a run that cannot go on has left."""
     step = runtime.saved_step()
     return f"the last good checkpoint is that of step {step}" if step is not None else "no checkpoint was written yet"
 
 
 @dataclass(slots=True)
-class _Meter:
+class Meter:
     """Sums between two records; nothing here waits for the device but `check` and `flush`."""
 
     loader: TrainLoader
+    remedy: str = "lower optimizer.lr or raise objective.temperature"
     steps: int = 0
     timed_steps: int = 0
     rate: float = 0.0
@@ -308,7 +321,7 @@ class _Meter:
             shown = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
             raise NonFiniteLossError(
                 f"the loss is {loss} within the {self.steps} steps up to step {step} "
-                f"(this worker's images: {shown}); {saved}; lower optimizer.lr or raise objective.temperature"
+                f"(this worker's images: {shown}); {saved}; {self.remedy}"
             )
 
     def flush(self, global_batch_size: int) -> dict[str, float]:

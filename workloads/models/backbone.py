@@ -95,6 +95,7 @@ class Trunk(nn.Module):
 
     def __init__(self, settings: BackboneConfig, *, deepest: Stage = "C5") -> None:
         super().__init__()
+        self.settings = settings
         weights = "IMAGENET1K_V1" if settings.weights == "imagenet" else None
         make = torchvision.models.get_model_builder(settings.name)
         # torchvision calls the norm with a number of channels only, as GroupNorm needs it to be wrapped.

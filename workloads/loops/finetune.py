@@ -1,0 +1,345 @@
+"""Fine-tuning: a detector on a pretrained trunk, from the sample plan's next batch to an update, measured by COCO's AP."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from workloads.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, take_snapshot
+from workloads.config import ConfigError, build, config, config_hash, parse_yaml, to_yaml
+from workloads.data.detection_views import DetectionViews, DetectionViewsConfig, make_detection_views
+from workloads.data.filesystems import DataError, read_bytes, resolve_uri
+from workloads.data.ledger import Ledger
+from workloads.data.manifest import Dataset, open_dataset
+from workloads.data.objects import (
+    Objects,
+    PanopticMasks,
+    category_names,
+    read_objects,
+    read_panoptic,
+    select_images,
+)
+from workloads.data.random import stream
+from workloads.data.reader import DataConfig, TrainLoader
+from workloads.data.subset_plan import SubsetPlan
+from workloads.distributed import wait_for_all
+from workloads.loops.detect import DetectionEvaluation, DetectionEvaluationConfig
+from workloads.loops.pretrain import (
+    Meter,
+    Preflight,
+    RunStoppedError,
+    is_due,
+    last_saved,
+    resume_run,
+)
+from workloads.models.backbone import BackboneConfig, Trunk
+from workloads.models.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, DetectorConfig
+from workloads.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
+from workloads.runtime import Runtime
+from workloads.trunks import RandomTrunkConfig, TrunkConfig, make_trunk
+
+
+@config
+class FinetuneConfig:
+    """A fine-tuning run: which detector is trained on what, from which trunk."""
+
+    loop: Literal["finetune"] = "finetune"
+    """Which loop runs."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "finetune"
+    """Name of the run: the same name and storage continue the same run."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, sample order, flips and sampled regions."""
+    steps: Annotated[int, Field(ge=1)] = 90_000
+    """Updates in the whole run; COCO's 1x schedule is 90,000 of 16 images."""
+    global_batch_size: Annotated[int, Field(ge=1)] = 16
+    """Images per update, over all workers."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of forward and backward."""
+    log_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two records of train/*."""
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; there is one at every evaluation, at the end, and when the run is told to stop, too."""
+    checkpoint_epochs: Annotated[int, Field(ge=1)] | None = 1
+    """Epochs between checkpoints; null: none at the end of an epoch."""
+    allow_local_statistics: bool = False
+    """Let BatchNorm see a worker's share only, which makes each number of workers another model."""
+    gradient_clip: PositiveFloat | None = None
+    """Largest norm of the gradient of all parameters; null: as it comes."""
+    ledger: str | None = None
+    """Local folder in which each worker lists the images that it trained on, step by step; null: no list."""
+    data: DataConfig
+    boxes: str | None = None
+    """Parquet file (path or URI) of objects that take the place of the dataset's own: image_id, x0, y0, x1, y1, score,
+    category; half-open, in pixels of the upright source image."""
+    masks: str | None = None
+    """COCO's panoptic json (path or URI), the PNGs beside it: its things take the place of the dataset's objects, and Mask
+    R-CNN learns their masks."""
+    class_agnostic: bool = False
+    """Whether all categories are one."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the images with objects that is trained on; a smaller fraction's images are among a larger one's."""
+    fraction_seed: Annotated[int, Field(ge=0)] = 0
+    """Which images a fraction takes."""
+    keep_empty: bool = False
+    """Whether images without an object are trained on, too."""
+    trunk: TrunkConfig = RandomTrunkConfig()
+    views: DetectionViewsConfig = DetectionViewsConfig()
+    detector: DetectorConfig = DetectorConfig()
+    optimizer: OptimizerConfig = SGDConfig(lr=0.01)
+    schedule: DropScheduleConfig = DropScheduleConfig()
+    evaluation: DetectionEvaluationConfig = DetectionEvaluationConfig()
+
+    def __post_init__(self) -> None:
+        needed, given = self.views.long_side, self.data.decode_size
+        if given is not None and given < needed:
+            raise ConfigError(
+                f"data.decode_size: {given} is less than views.long_side={needed}, so images would be enlarged again; "
+                f"use at least {needed}, or null"
+            )
+        if self.boxes is not None and self.masks is not None:
+            raise ConfigError("boxes: cannot be given together with masks, which bring their own objects")
+        if self.detector.kind == "mask_rcnn_fpn" and self.masks is None:
+            raise ConfigError("masks: needed by detector.kind=mask_rcnn_fpn; give COCO's panoptic json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Labelled:
+    """A dataset with the objects that a run is trained on."""
+
+    dataset: Dataset
+    plan: SubsetPlan
+    objects: dict[str, Objects]
+    categories: tuple[str, ...]
+    masks: PanopticMasks | None
+    sha256: str  # of the dataset, and of the boxes or masks from elsewhere
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Category → label; 0 is torchvision's background."""
+        return {name: label for label, name in enumerate(self.categories, start=1)}
+
+
+def _open(settings: FinetuneConfig) -> _Labelled:
+    dataset = open_dataset(settings.data.uri)
+    masks = read_panoptic(settings.masks) if settings.masks is not None else None
+    objects = read_objects(dataset, boxes=settings.boxes, masks=masks, class_agnostic=settings.class_agnostic)
+    plan = SubsetPlan(
+        dataset.row_groups.rows,
+        select_images(objects, fraction=settings.fraction, seed=settings.fraction_seed, keep_empty=settings.keep_empty),
+        dataset_sha256=dataset.manifest.sha256,
+        seed=settings.seed,
+        global_batch_size=settings.global_batch_size,
+        lanes=settings.data.lanes,
+    )
+    return _Labelled(
+        dataset=dataset,
+        plan=plan,
+        objects=objects,
+        categories=category_names(dataset, objects, class_agnostic=settings.class_agnostic),
+        masks=masks,
+        sha256=_identity(dataset, settings.boxes or settings.masks),
+    )
+
+
+def _identity(dataset: Dataset, others: str | None) -> str:
+    if others is None:
+        return dataset.manifest.sha256
+    filesystem, path = resolve_uri(others)
+    return hashlib.sha256(dataset.manifest.sha256.encode() + read_bytes(filesystem, path)).hexdigest()
+
+
+def preflight(settings: FinetuneConfig, world_size: int) -> Preflight:
+    """Check all of a request that can be checked without starting it.
+
+    Raises:
+        ConfigError, DataError, PlanError: one sentence with the key or path.
+    """
+    labelled = _open(settings)
+    if world_size > labelled.plan.lanes:
+        raise ConfigError(
+            f"scaling.num_workers: {world_size} workers are more than the {labelled.plan.lanes} lanes of the sample plan; "
+            "use fewer workers, or a larger data.lanes (a divisor of global_batch_size)"
+        )
+    trunk = make_trunk(settings.trunk)
+    has_batch_norm = any(type(module) is nn.BatchNorm2d for module in trunk.modules())
+    local = has_batch_norm and settings.detector.statistics == "batch"
+    if world_size > 1 and local and not settings.allow_local_statistics:
+        raise ConfigError(
+            "detector.statistics: batch normalises over each worker's share, so another number of workers is another "
+            "model; use frozen or sync_batch, or say allow_local_statistics=true"
+        )
+    held_out = open_dataset(settings.evaluation.uri) if settings.evaluation.uri else None
+    if held_out is not None and not any(len(o.boxes_xyxy) for o in read_objects(held_out).values()):
+        raise DataError(
+            f"evaluation.uri: {settings.evaluation.uri} holds no objects; build it from a source with boxes"
+        )
+    return Preflight(
+        manifest_sha256=labelled.sha256,
+        config_sha256=config_hash(settings),
+        num_images=labelled.plan.num_images,
+        steps_per_epoch=labelled.plan.steps_per_epoch,
+        lanes=labelled.plan.lanes,
+        evaluation_manifest_sha256=held_out.manifest.sha256 if held_out else None,
+    )
+
+
+def build_detector(settings: FinetuneConfig, categories: tuple[str, ...]) -> Detector:
+    """The detector that `settings` describe, on its trunk; what is fresh comes from the global RNG.
+
+    Raises:
+        ConfigError: there is no such trunk.
+    """
+    trunk = make_trunk(settings.trunk)
+    torch.manual_seed(stream(settings.seed, "detector"))  # the head is the same whatever the trunk took
+    return Detector(settings.detector, trunk, categories)
+
+
+def load_detector(checkpoint: str, *, device: torch.device | str = "cpu") -> tuple[Detector, FinetuneConfig]:
+    """The detector of a fine-tuning run's checkpoint (folder or s3:// address), in eval mode, and the run's config.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    filesystem, folder = resolve_uri(checkpoint)
+    found = read_checkpoint(folder, filesystem, device=device)
+    settings = build(FinetuneConfig, parse_yaml(read_bytes(filesystem, f"{folder}/{CONFIG}").decode(), source=CONFIG))
+    state = found.state["model"]
+    made_of = state["_extra_state"]  # the trunk's own source need not be there any more
+    trunk = Trunk(build(BackboneConfig, made_of["backbone"]))
+    detector = Detector(settings.detector, trunk, tuple(made_of["categories"]))
+    detector.load_state_dict(state)
+    return detector.to(device).eval(), settings
+
+
+def finetune(settings: FinetuneConfig, runtime: Runtime) -> dict[str, float]:
+    """Run or continue the run that `settings` describe; returns the last evaluation's figures and `train/loss`.
+
+    Raises:
+        ConfigError, DataError, PlanError: the request cannot work.
+        CheckpointError: the newest checkpoint belongs to another config or dataset, or is damaged.
+        NonFiniteLossError: the loss is NaN or infinite.
+        RunStoppedError: the run was asked to stop.
+    """
+    labelled = _open(settings)
+    torch.manual_seed(settings.seed)
+    detector = build_detector(settings, labelled.categories).to(memory_format=torch.channels_last)
+    model = runtime.prepare(detector)
+    optimizer = make_optimizer(detector, settings.optimizer)
+    identity = CheckpointMeta(step=0, config_sha256=config_hash(settings), manifest_sha256=labelled.sha256)
+    restored = resume_run(runtime, detector, optimizer, identity)
+    step = restored.meta.step if restored is not None else 0
+
+    plan = labelled.plan
+    loader = TrainLoader(labelled.dataset, plan, settings.data, rank=runtime.rank, world_size=runtime.world_size)
+    evaluation = _evaluation(settings, labelled, runtime)
+    batches = loader.iterate(start_step=step)
+    meter = Meter(loader, remedy="lower optimizer.lr or set gradient_clip")
+    ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None
+    figures: dict[str, float] = {}
+    try:
+        if step == 0 and evaluation is not None and settings.evaluation.at_start:
+            figures = evaluation.run(detector, step=0)
+        model.train()
+        meter.restart() if restored is None else meter.resume(restored.state["window"])
+        while step < settings.steps:
+            rate = settings.optimizer.lr * dropped_rate_at(step, settings.steps, settings.schedule)
+            batch = next(batches)
+            views = make_detection_views(
+                batch,
+                settings.views,
+                device=runtime.device,
+                objects=labelled.objects,
+                labels=labelled.labels,
+                masks=labelled.masks,
+                seed=settings.seed,
+                mean=IMAGENET_MEAN,
+                std=IMAGENET_STD,
+            )
+            # The regions that are sampled depend on the step and the rank alone: a run that continues draws the same.
+            torch.manual_seed(stream(settings.seed, "regions", step, runtime.rank))
+            metrics = _update(model, optimizer, views, rate, settings)
+            step += 1
+            meter.add(batch, metrics, rate)
+            if ledger is not None:
+                ledger.add(step, batch)
+
+            last = step == settings.steps
+            log = last or step % settings.log_every == 0
+            # Ranks must agree, which is waiting for each other: with several of them, where they wait anyway.
+            request = runtime.request() if log or runtime.world_size == 1 else "go on"
+            every = settings.evaluation.every_steps
+            evaluate = evaluation is not None and (last or (every is not None and step % every == 0))
+            save = last or evaluate or request != "go on" or is_due(step, settings, plan.steps_per_epoch)
+            if log or save:
+                meter.check(step, last_saved(runtime))
+                meter.count_bad_rows()
+            record = meter.flush(settings.global_batch_size) if log else {}
+            runtime.progress(meter.line(), step=step, total_steps=settings.steps)
+            if evaluate and evaluation is not None:
+                figures |= evaluation.run(detector, step=step)
+                model.train()
+                meter.restart_clock()
+            if record:
+                figures["train/loss"] = record["train/loss"]
+                runtime.report(record, step=step)
+            if save:  # after the evaluation: a checkpoint of the last step says that the run is complete
+                if ledger is not None:
+                    ledger.close_segment(step)
+                with meter.holding():
+                    if runtime.rank == 0:
+                        snapshot = take_snapshot(
+                            model=detector,
+                            optimizer=optimizer,
+                            window=meter.window(),
+                            config_yaml=to_yaml(settings),
+                            meta=replace(identity, step=step, metrics=figures if evaluate else {}),
+                        )
+                        runtime.save(snapshot)
+            if request == "stop" and not last:
+                runtime.flush()
+                wait_for_all()  # the first rank to end has the others killed: none may before the checkpoint is whole
+                raise RunStoppedError(
+                    f"stopped on request after step {step} of {settings.steps}, with a checkpoint; "
+                    "give the same command again to continue"
+                )
+        runtime.flush()
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+    return figures
+
+
+def _update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    views: DetectionViews,
+    rate: float,
+    settings: FinetuneConfig,
+) -> dict[str, Tensor]:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(views.images.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        result = model(views)
+    result.loss.backward()
+    if settings.gradient_clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+    optimizer.step()
+    return dict(result.metrics)
+
+
+def _evaluation(settings: FinetuneConfig, labelled: _Labelled, runtime: Runtime) -> DetectionEvaluation | None:
+    if settings.evaluation.uri is None:
+        return None
+    return DetectionEvaluation(
+        settings.evaluation,
+        open_dataset(settings.evaluation.uri),
+        views=dataclasses.replace(settings.views, horizontal_flip=0.0),
+        reading=settings.data,
+        categories=labelled.categories,
+        class_agnostic=settings.class_agnostic,
+        runtime=runtime,
+    )
