@@ -222,6 +222,8 @@ def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller shows images, Ray would show blocks
+    if not debug:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     scaling = experiment.scaling
     actors = min(scaling.most_workers, len(missing))
     done = job.num_images - sum(job.images_in(part) for part in missing)
@@ -272,10 +274,12 @@ def start_ray(experiment: DiscoverExperiment, *, debug: bool) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost error of a chain, in one line: Ray wraps what an actor raised several times."""
-    while (inner := error.__cause__ or getattr(error, "cause", None)) is not None and inner is not error:
-        error = inner
-    text = " ".join(str(error).split())
+    """What an actor raised, in one line: Ray wraps it several times, and puts the traceback into the text."""
+    text = ""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = " ".join(str(seen).split()) or text
+        seen = seen.__cause__ or getattr(seen, "cause", None)
     return text.rpartition("Error: ")[2][:400] or type(error).__name__
 
 

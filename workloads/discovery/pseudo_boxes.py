@@ -14,18 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workloads.data.filesystems import DataError, put_bytes, read_bytes, resolve_uri
-
-BOXES_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        *[(side, pa.float32()) for side in ("x0", "y0", "x1", "y1")],
-        ("score", pa.float32()),
-        ("category", pa.string()),
-    ]
-)
-"""Boxes half-open, in pixels of the upright source image."""
-OBJECT = "object"
-"""The category of boxes that have none."""
+from workloads.data.objects import AGNOSTIC, BOXES_SCHEMA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +118,7 @@ def _from_json(data: bytes) -> FoundBoxes:
         image_ids=tuple(str(row["image_id"]) for row in content),
         boxes_xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
         scores=np.array([row.get("score", 1.0) for row in content], dtype=np.float64),
-        categories=tuple(str(row.get("category_id", OBJECT)) for row in content),
+        categories=tuple(str(row.get("category_id", AGNOSTIC)) for row in content),
     )
 
 
@@ -148,7 +137,7 @@ def _one_box_an_image(content: Mapping[str, Any]) -> FoundBoxes:
     names = [str(name) for name in content]
     stems = [name.rpartition("/")[2].rpartition(".")[0] or name.rpartition("/")[2] for name in names]
     return FoundBoxes(
-        image_ids=tuple(stems), boxes_xyxy=boxes, scores=np.ones(len(boxes)), categories=(OBJECT,) * len(boxes)
+        image_ids=tuple(stems), boxes_xyxy=boxes, scores=np.ones(len(boxes)), categories=(AGNOSTIC,) * len(boxes)
     )
 
 

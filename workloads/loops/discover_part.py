@@ -14,13 +14,14 @@ from workloads.config import ConfigError
 from workloads.data.detection_views import make_detection_views
 from workloads.data.filesystems import put_bytes
 from workloads.data.manifest import open_dataset
+from workloads.data.objects import AGNOSTIC
 from workloads.data.reader import DataConfig, EvalLoader
 from workloads.data.views import crop_boxes
 from workloads.discovery import baselines
 from workloads.discovery.components import FeaturesError, Found
 from workloads.discovery.features import PatchExtractor, PatchFeatures, cells_to_pixels, same_size_groups
 from workloads.discovery.lost import lost
-from workloads.discovery.pseudo_boxes import OBJECT, read_boxes
+from workloads.discovery.pseudo_boxes import read_boxes
 from workloads.discovery.tokencut import tokencut
 from workloads.loops.discover import NEEDS_TRUNK, DiscoverConfig, Job, Method, make_trunk
 from workloads.loops.finetune import load_detector
@@ -220,7 +221,7 @@ def _part_rows(
                     "decoded": valid,
                     **dict(zip(_SIDES, box if has_box else [None] * 4, strict=True)),
                     "score": float(scores[method][i]) if has_box else None,
-                    "category": OBJECT if has_box else None,
+                    "category": AGNOSTIC if has_box else None,
                     "feature": features[i].tolist() if has_feature and features is not None else None,
                 }
             )
