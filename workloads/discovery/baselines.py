@@ -26,8 +26,8 @@ class ClsAttentionConfig:
 class CentreConfig:
     """A box in the middle of every image."""
 
-    side: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Its sides, as shares of the image's."""
+    side: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Its sides, as shares of the image's; of .5 to .9 the best on COCO train images."""
 
 
 @config
