@@ -127,10 +127,10 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
             return _outcome(experiment, sink, uri, earlier["figures"])
         run_id = sink.open()
         try:
-            figures = work(experiment, job, progress=progress, debug=debug)
-            figures |= finish(job, Path(pictures)).figures
+            timings = work(experiment, job, progress=progress, debug=debug)
+            figures = finish(job, Path(pictures), timings=timings).figures
             now = int(time.time() * 1000)
-            sink.write([{"kind": "metrics", "step": 0, "time_ms": now, "metrics": figures}])
+            sink.write([{"kind": "metrics", "step": 0, "time_ms": now, "metrics": dict(figures)}])
             for folder in sorted(Path(pictures).iterdir()):
                 sink.log_folder(folder, folder.name)
         except BaseException as error:

@@ -81,11 +81,12 @@ def discover(settings: DiscoverConfig, runtime: Runtime, output: str) -> dict[st
     return figures
 
 
-def finish(job: Job, pictures: Path) -> Discovered:
+def finish(job: Job, pictures: Path, *, timings: Mapping[str, float] | None = None) -> Discovered:
     """Join the parts and write to the job's output: `METHOD/boxes.parquet`, `METHOD/boxes.json`, `figures.json`, `discovery.yaml`.
 
     Args:
         pictures: local folder that gets `gallery/*.png`.
+        timings: more figures, of how the parts were done.
 
     Raises:
         DiscoveryError: an image is missing or there twice.
@@ -105,6 +106,7 @@ def finish(job: Job, pictures: Path) -> Discovered:
     classes = _by_class(found[job.settings.methods[0]], truth, job.settings)
     if "mean" in classes.get("ap50", {}):
         figures["eval/matched_ap50"] = classes["ap50"]["mean"]
+    figures |= timings or {}
     figures |= {"discover/images": float(job.num_images), "discover/undecodable": float(len(undecodable))}
     root = job.output.rstrip("/")
     for method, boxes in found.items():
