@@ -51,12 +51,26 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Pretrain: `orchestrator train anchor_ntxent_caltech data.uri=shards scaling.num_workers=2`."""
+    _run_loop("pretrain", experiment, overrides, debug)
+
+
+@app.command()
+def finetune(
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Train a detector on a pretrained trunk: `orchestrator finetune finetune_retinanet_coco trunk.kind=checkpoint trunk.uri=…`."""
+    _run_loop("finetune", experiment, overrides, debug)
+
+
+def _run_loop(loop: str, experiment: str, overrides: list[str] | None, debug: bool) -> None:
     began = process_start()
     with explained(debug):
         from orchestrator.load import load_experiment
 
         loading = time.time()
-        loaded = load_experiment(experiment, overrides or [])
+        loaded = load_experiment(experiment, overrides or [], loop=loop)
         from orchestrator.train import Stopwatch
         from orchestrator.train import train as run_training
 
@@ -177,6 +191,8 @@ def last_line(run_id: str, address: str, metrics: Any) -> str:
         headline = f"eval/sga {metrics['eval/sga']:.3f}"
         if "eval/gap_r" in metrics:
             headline += f", eval/gap_r {metrics['eval/gap_r']:.1f}"
+    elif "eval/ap50" in metrics:
+        headline = f"eval/ap50 {metrics['eval/ap50']:.3f}, eval/ap {metrics.get('eval/ap', float('nan')):.3f}"
     else:
         headline = f"train/loss {metrics.get('train/loss', float('nan')):.3f}"
     return f"run {run_id}  {address}  {headline}"
@@ -292,13 +308,19 @@ def data_build(
     source: Annotated[str, typer.Option(help="folder, coco, voc, caltech101 or parquet.")],
     input: Annotated[list[str], typer.Option(help="Where the images are: folder, file or URI; may be given again.")],
     output: Annotated[str, typer.Option(help="Where the shards go: a folder or s3://bucket/prefix.")],
+    regions: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Region masks beside the images: grid, felzenszwalb, slic, panoptic or column:NAME; may be given again."
+        ),
+    ] = None,
     overrides: Overrides = None,
     address: Annotated[
         str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to build on; local starts one.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Convert images to Parquet shards: `orchestrator data build … short_side=256 val_share=0.1`.
+    """Convert images to Parquet shards: `orchestrator data build … short_side=256 val_share=0.1 --regions felzenszwalb`.
 
     Without an address it runs in this process on all cores; with one, on Ray Data over the cluster.
     """
@@ -307,7 +329,8 @@ def data_build(
         from workloads.config import apply_overrides, build, parse_overrides
         from workloads.data.shards import BuildConfig
 
-        given = {"source": {"kind": source, "inputs": input}, "output": output}
+        columns = {kind: {"name": name} if name else {} for kind, _, name in (r.partition(":") for r in regions or [])}
+        given = {"source": {"kind": source, "inputs": input}, "output": output, "regions": columns}
         config = build(BuildConfig, apply_overrides(given, parse_overrides(overrides or [])))
         if address:
             connect_ray(address)
@@ -318,6 +341,21 @@ def data_build(
                 f"{part + ': ' if part else ''}{manifest.num_images} images in {len(manifest.shards)} shards, "
                 f"{manifest.rejects.rows} rejects, manifest {manifest.sha256}"
             )
+
+
+@data_app.command("regions")
+def data_regions(
+    uri: Annotated[str, typer.Argument(help="Dataset.")],
+    figure: Annotated[str, typer.Option(help="PNG file to draw.")],
+    name: Annotated[str | None, typer.Option(help="Column of regions; default: all that there are.")] = None,
+    images: Annotated[int, typer.Option(min=1, max=100, help="How many images, the first of the dataset.")] = 8,
+    debug: Debug = False,
+) -> None:
+    """Draw images with their region masks, to see whether they are worth contrasting."""
+    with explained(debug):
+        from orchestrator.inspect_data import draw_regions
+
+        typer.echo(f"figure  {draw_regions(uri, figure, name=name, count=images)}")
 
 
 @data_app.command("verify")

@@ -32,7 +32,6 @@ from orchestrator.track import (
 )
 from workloads.config import ConfigError, apply_overrides, build, config, flatten, parse_overrides, read_yaml, to_yaml
 from workloads.loops.discover import (
-    CheckpointTrunkConfig,
     DiscoverConfig,
     Job,
     MatchConfig,
@@ -42,6 +41,7 @@ from workloads.loops.discover import (
 )
 from workloads.loops.discover_part import PartWorker
 from workloads.loops.discovered import DiscoveryError, finish
+from workloads.trunks import CheckpointTrunkConfig, SupervisedTrunkConfig
 
 Progress = Callable[[int, int], None]
 """Told (images done, images in all)."""
@@ -93,6 +93,8 @@ def load_discovery(arguments: Sequence[str]) -> DiscoverExperiment:
     if found.match.boxes is not None and found.match.uri is not None:
         changes["match"] = MatchConfig(boxes=absolute_uri(found.match.boxes), uri=absolute_uri(found.match.uri))
     match found.trunk:
+        case SupervisedTrunkConfig(file=str(file)):
+            changes["trunk"] = dataclasses.replace(found.trunk, file=absolute_uri(file))
         case CheckpointTrunkConfig(uri=uri):
             changes["trunk"] = dataclasses.replace(found.trunk, uri=absolute_uri(uri))
         case VitTrunkConfig(vit=vit) if vit.weights not in ("none", "timm"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.model import fetch_weights
 from orchestrator.track import MUST_AGREE_TOLERANCE, dataset_label, quiet_mlflow, run_address
-from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml, to_dict
+from workloads.config import ConfigError, apply_overrides, parse_overrides, read_yaml, to_dict
 
 
 class EvaluationError(RuntimeError):
@@ -101,24 +101,28 @@ def _measure(
     from orchestrator.load import absolute_uri
     from workloads.checkpoint import CONFIG, read_meta
     from workloads.data.manifest import open_dataset
-    from workloads.loops.evaluate import evaluate
+    from workloads.loops.dispatch import build_loop, evaluate_loop
     from workloads.runtime import LocalRuntime
-    from workloads.spec import PretrainConfig
 
-    trained = build(PretrainConfig, read_yaml(checkpoint / CONFIG))
+    trained = build_loop(read_yaml(checkpoint / CONFIG))
     given = parse_overrides(arguments)
     if "data.uri" in given:  # the spelling of --data
         data = given.pop("data.uri")
-    settings = build(PretrainConfig, apply_overrides(to_dict(trained), given)).evaluation
+    run = build_loop(apply_overrides(to_dict(trained), given))
+    settings = run.evaluation
     uri = absolute_uri(data) if data else settings.uri
-    if uri is None:
+    probe = getattr(settings, "representation", None)
+    labelled = probe.train_uri if probe is not None else None
+    if uri is None and labelled is None:
         raise ConfigError("--data: needed, because the run was trained without an evaluation set")
-    dataset = open_dataset(uri)
     step = read_meta(str(checkpoint)).step
     runtime = LocalRuntime(output)
-    figures = evaluate(checkpoint, uri=uri, config=settings, runtime=runtime)
+    on_these = build_loop(apply_overrides(to_dict(run), {"evaluation.uri": uri}))
+    figures = evaluate_loop(checkpoint, on_these, runtime)
+    figures = {key: value for key, value in figures.items() if key.startswith("eval/")}
     is_own = uri == trained.evaluation.uri and settings == trained.evaluation
-    label = f"{dataset_label(uri)}-{dataset.manifest.sha256[:8]}"
+    named = uri or labelled or ""
+    label = f"{dataset_label(named)}-{open_dataset(named).manifest.sha256[:8]}"
     return figures, "eval/" if is_own else f"eval/on_{label}/", step, output
 
 

@@ -43,7 +43,7 @@ from workloads.data.shards import (
     without_repeated_ids,
     write_shard,
 )
-from workloads.data.sources import list_source, source_reader
+from workloads.data.sources import column_reader, list_source, source_reader
 
 Progress = Callable[[int, int], None]
 Reject = tuple[str, str, str]
@@ -160,7 +160,12 @@ def _part_names(build: BuildConfig) -> tuple[str, ...]:
 
 def _work_key(build: BuildConfig, about: dict[str, Any]) -> str:
     """What two runs of one build agree in, and what the state of another build must not be mistaken for."""
-    key = {"source": to_dict(build.source), "build": build.describe(), "about": about}
+    key = {
+        "source": to_dict(build.source),
+        "build": build.describe(),
+        "about": about,
+        "regions": to_dict(build.regions),
+    }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -258,11 +263,13 @@ def run_task(task: ShardTask, tick: Tick = _ignore) -> ShardResult:
 
 
 def _write_task(task: ShardTask, filesystem: pafs.FileSystem, path: str, tick: Tick) -> ShardResult:
+    column = task.build.regions.column
     with atomic_file(filesystem, path) as sink:
         result = write_shard(
             task.rows,
             sink,
             read=source_reader(task.build.source),
+            read_regions=None if column is None else column_reader(task.build.source, column.name),
             build=task.build,
             excluded=task.excluded,
             threads=task.threads,

@@ -19,6 +19,9 @@ from workloads.data.decode import DecodeError, decode_image
 from workloads.data.filesystems import DataError, read_bytes
 from workloads.data.manifest import Dataset, FileEntry, open_dataset
 from workloads.data.reader import read_annotations
+from workloads.data.region_masks import PREFIX, RegionsError, decode_regions
+from workloads.data.row_groups import check_regions, region_columns
+from workloads.reports.region_overlays import draw_region_overlays
 
 Progress = Callable[[int, int], None]
 
@@ -97,7 +100,8 @@ def _check_rows(
             if parquet.metadata.num_rows != entry.rows:
                 report.faults.append(f"{entry.name}: has {parquet.metadata.num_rows} rows, not {entry.rows}")
             for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group, columns=["image.bytes", "image_id"])
+                masks = [name for name in parquet.schema_arrow.names if name.startswith(PREFIX)]
+                table = parquet.read_row_group(group, columns=["image", "image_id", "width", "height", *masks])
                 if len(table) != int(dataset.row_groups.rows[first + group]):
                     report.faults.append(f"{entry.name}: row group {group} has {len(table)} rows, unlike the index")
                 ids += table["image_id"].to_pylist()
@@ -111,24 +115,57 @@ def _check_images(
     name: str, table: pa.Table, decode_share: float, pool: ThreadPoolExecutor, report: VerifyReport
 ) -> None:
     rows = [
-        (row["image_id"], row["image"]["bytes"])
+        row
         for row in table.to_pylist()
         if int.from_bytes(hashlib.sha256(row["image_id"].encode()).digest()[:8], "big") < decode_share * 2**64
     ]
-    for (image_id, _), reason in zip(rows, pool.map(_why_undecodable, [data for _, data in rows]), strict=True):
+    for row, reason in zip(rows, pool.map(_fault_of, rows), strict=True):
         report.decoded += 1
         if reason is not None:
-            report.faults.append(f"{name}: image {image_id!r} does not decode ({reason})")
+            report.faults.append(f"{name}: image {row['image_id']!r} {reason}")
 
 
-def _why_undecodable(data: bytes | None) -> str | None:
-    if data is None:
-        return "no bytes"
+def _fault_of(row: dict[str, Any]) -> str | None:
+    """What is wrong with the pixels or the masks of one row."""
+    if row["image"]["bytes"] is None:
+        return "has no bytes"
     try:
-        decode_image(data)
+        decode_image(row["image"]["bytes"])
+        for column, mask in row.items():
+            if column.startswith(PREFIX) and mask is not None:
+                ids = decode_regions(mask["bytes"])
+                if ids.shape != (row["height"], row["width"]):
+                    return f"has {column} of {ids.shape[1]}x{ids.shape[0]} pixels"
     except DecodeError as error:
-        return str(error)
+        return f"does not decode ({error})"
+    except RegionsError as error:
+        return f"has an unreadable mask ({error})"
     return None
+
+
+def draw_regions(uri: str, target: str, *, name: str | None = None, count: int = 8) -> Path:
+    """Draw the first `count` images of the dataset at `uri` with their region masks, those of column `name` or all.
+
+    Raises:
+        DataError: no dataset there, or it has no such regions.
+    """
+    dataset = open_dataset(uri)
+    names = [name] if name is not None else region_columns(dataset)
+    for column in names or [""]:
+        check_regions(dataset, column)
+    rows: list[tuple[str, np.ndarray, dict[str, np.ndarray | None]]] = []
+    with dataset.filesystem.open_input_file(dataset.shard_path(0)) as file:
+        parquet = pq.ParquetFile(file)
+        for batch in parquet.iter_batches(count, columns=["image", "image_id", *(PREFIX + n for n in names)]):
+            for row in batch.to_pylist()[: count - len(rows)]:
+                masks = {n: row[PREFIX + n] for n in names}
+                decoded = {n: None if mask is None else decode_regions(mask["bytes"]) for n, mask in masks.items()}
+                pixels = decode_image(row["image"]["bytes"]).permute(1, 2, 0).numpy()
+                rows.append((row["image_id"], pixels, decoded))
+            if len(rows) == count:
+                break
+    draw_region_overlays(rows, Path(target))
+    return Path(target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

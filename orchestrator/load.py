@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
-    from orchestrator.spec import SweepExperiment, TrainExperiment
+    from orchestrator.spec import AnyExperiment, SweepExperiment
 
-E = TypeVar("E", bound="TrainExperiment")
+E = TypeVar("E", bound="AnyExperiment")
 
-_PATHS = ("uri", "path", "init_from", "cache_dir", "ledger", "selection_uri")  # keys that may name a local file
+_PATHS = (
+    *("uri", "path", "init_from", "cache_dir", "ledger", "selection_uri", "trunk_from", "train_uri", "test_uri"),
+    *("boxes", "masks", "file"),
+)
+"""Keys that may name a local file."""
 
 EXPERIMENTS = Path(__file__).with_name("experiments")
 
@@ -52,8 +56,11 @@ def find_experiment(name: str) -> Path:
     )
 
 
-def load_experiment(name: str, arguments: Sequence[str] = ()) -> "TrainExperiment":
+def load_experiment(name: str, arguments: Sequence[str] = (), *, loop: str | None = None) -> "AnyExperiment":
     """Read, override, validate, and make local paths absolute, because workers run in other folders.
+
+    Args:
+        loop: the one that is expected.
 
     Raises:
         ConfigError: one sentence with the dotted key and how to mend it.
@@ -61,9 +68,15 @@ def load_experiment(name: str, arguments: Sequence[str] = ()) -> "TrainExperimen
     overrides = parse_overrides(arguments)
     data = {key: value for key, value in read_yaml(find_experiment(name)).items() if key != "sweep"}
     data = apply_overrides(data, overrides)
-    from orchestrator.spec import TrainExperiment  # late: it imports torch, a wrong name should not wait for that
+    from orchestrator.spec import EXPERIMENTS as KINDS  # late: it imports torch, a wrong name should not wait for that
+    from workloads.loops.dispatch import loop_of
 
-    return absolute_paths(build(TrainExperiment, data))
+    if loop is not None and loop_of(data) != loop:
+        command = "train" if loop_of(data) == "pretrain" else loop_of(data)
+        raise ConfigError(
+            f"loop: {name} is an experiment of the {loop_of(data)} loop; run it by `orchestrator {command}`"
+        )
+    return absolute_paths(build(KINDS[loop_of(data)], data))
 
 
 def has_sweep(name: str) -> bool:

@@ -1,7 +1,8 @@
 """The trained model as MLflow keeps it: weights as plain tensors and the code that reads them, nothing pickled.
 
 MLflow's default for torch, a traced graph, is bound to the batch size of its example. This form takes any number of
-images of any size that is a multiple of 32, and loading it runs no code but `workloads`' own, which travels with it.
+images of any size, as an array or as an object array of JPEG bytes, and loading it runs no code but `workloads`' own,
+which travels with it.
 """
 
 import tempfile
@@ -40,10 +41,20 @@ def log_checkpoint(checkpoint: str, filesystem: arrow_fs.FileSystem, *, run_id: 
                 artifacts={"checkpoint": str(weights)},
                 code_paths=[str(Path(str(workloads.__file__)).parent)],
                 signature=ModelSignature(inputs=Schema([images])),
+                input_example=_example(),
                 pip_requirements=_pinned(),
                 step=step,
             )
     return str(info.model_uri)
+
+
+def _example() -> Any:
+    """Two images of 64 × 64 pixels, a horizontal and a vertical ramp: small, since MLflow keeps them as text."""
+    import numpy as np
+
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)
+    flat = np.broadcast_to(ramp, (3, 64, 64))
+    return np.stack([flat, flat.transpose(0, 2, 1)]).round(3)
 
 
 def _pinned() -> list[str]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.spec import ScalingConfig, SweepExperiment, TrainExperiment
+from orchestrator.spec import AnyExperiment, ScalingConfig, SweepExperiment, command_of
 from workloads.config import to_yaml
 from workloads.data.manifest import open_dataset
-from workloads.loops.pretrain import preflight
+from workloads.loops.dispatch import preflight
 
 CALIBRATION_STEPS = 8
 _WARM_UP = 3  # of them: memory is touched and threads start
@@ -181,7 +181,7 @@ def plan_sweep(
     )
 
 
-def plan_run(experiment: TrainExperiment, *, calibrate: bool = True, price: tuple[float, float] | None = None) -> Plan:
+def plan_run(experiment: AnyExperiment, *, calibrate: bool = True, price: tuple[float, float] | None = None) -> Plan:
     """Count what `experiment` will do; with `calibrate`, measure a few steps in a process of their own.
 
     Args:
@@ -201,7 +201,7 @@ def plan_run(experiment: TrainExperiment, *, calibrate: bool = True, price: tupl
         steps=experiment.steps,
         steps_per_epoch=checked.steps_per_epoch,
         images_trained=experiment.steps * experiment.global_batch_size,
-        views_per_step=experiment.global_batch_size * (1 + experiment.views.crops_per_image),
+        views_per_step=experiment.global_batch_size * experiment.views.views_per_image,
         num_images=checked.num_images,
         bytes_per_epoch=int(np.sum(lengths, dtype=np.int64)),
         requests_per_epoch=len(lengths),
@@ -222,14 +222,14 @@ def resource_request(scaling: ScalingConfig) -> dict[str, Any]:
     return {"bundles": [bundle] * scaling.most_workers, "strategy": scaling.placement}
 
 
-def _evaluation_steps(experiment: TrainExperiment) -> set[int]:
+def _evaluation_steps(experiment: AnyExperiment) -> set[int]:
     if experiment.evaluation.uri is None:
         return set()
     every = experiment.evaluation.every_steps or experiment.steps
     return {*range(0 if experiment.evaluation.at_start else every, experiment.steps, every), experiment.steps}
 
 
-def _checkpoint_steps(experiment: TrainExperiment, steps_per_epoch: int) -> set[int]:
+def _checkpoint_steps(experiment: AnyExperiment, steps_per_epoch: int) -> set[int]:
     steps = experiment.steps
     found = {steps} | (_evaluation_steps(experiment) - {0})
     for every in (experiment.checkpoint_every, (experiment.checkpoint_epochs or 0) * steps_per_epoch):
@@ -238,13 +238,13 @@ def _checkpoint_steps(experiment: TrainExperiment, steps_per_epoch: int) -> set[
     return found
 
 
-def _kept(experiment: TrainExperiment, steps_per_epoch: int) -> int:
+def _kept(experiment: AnyExperiment, steps_per_epoch: int) -> int:
     newest = min(experiment.storage.keep_checkpoints, len(_checkpoint_steps(experiment, steps_per_epoch)))
     has_best = experiment.storage.best_metric is not None and experiment.evaluation.uri is not None
     return newest + int(has_best)
 
 
-def measure(experiment: TrainExperiment) -> Calibration:
+def measure(experiment: AnyExperiment) -> Calibration:
     """Train one worker's share of a batch for a few steps in a process of its own, which ends with its memory.
 
     Raises:
@@ -264,9 +264,9 @@ def measure(experiment: TrainExperiment) -> Calibration:
             "ledger": "null",
             "evaluation.every_steps": "null",
             "evaluation.limit": _EVALUATED,
-            "evaluation.heatmaps": 0,
+            "evaluation.heatmaps" if experiment.loop == "pretrain" else "evaluation.pictures": 0,
         }
-        command = [sys.executable, "-m", "workloads", "train", str(file), "--output", str(output)]
+        command = [sys.executable, "-m", "workloads", command_of(experiment), str(file), "--output", str(output)]
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
                 [*command, *(f"{key}={value}" for key, value in overrides.items())],
@@ -286,7 +286,7 @@ def measure(experiment: TrainExperiment) -> Calibration:
     steps = [record for record in records if "train/loss" in record]
     timed = steps[_WARM_UP:]
     step_s = statistics.median(share / record["train/images_per_s"] for record in timed)
-    evaluated = [r for r in records if "eval/sga" in r and r["step"] == CALIBRATION_STEPS]
+    evaluated = [r for r in records if "eval/images" in r and r["step"] == CALIBRATION_STEPS]
     evaluation_s = 0.0
     if evaluated:  # from the last step but one to the evaluation's record lie one step and the evaluation
         evaluation_s = max(0.0, evaluated[0]["seconds"] - steps[-2]["seconds"] - step_s) / evaluated[0]["eval/images"]

@@ -8,7 +8,7 @@ import os
 
 from orchestrator.spares import ROLE, WORKER
 
-_IMPORTED = {WORKER: ("orchestrator.ray_runtime", "workloads.loops.pretrain")}
+_IMPORTED = {WORKER: ("orchestrator.ray_runtime", "workloads.loops.dispatch")}
 
 for _module in _IMPORTED.get(os.environ.get(ROLE, ""), ("ray.train",)):
     importlib.import_module(_module)

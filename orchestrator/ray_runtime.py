@@ -198,9 +198,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     entered = time.time()
     _set_niceness(job["niceness"])
     torch.set_num_threads(job["threads"])
-    from workloads.config import build
-    from workloads.loops.pretrain import pretrain
-    from workloads.spec import PretrainConfig
+    from workloads.loops.dispatch import build_loop, run_loop
 
     filesystem, folder = resolve_uri(job["storage"])
     runtime = RayRuntime(
@@ -223,7 +221,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     }
     runtime.add_startup(began=job["began"], timings=timings)
     try:
-        result = pretrain(build(PretrainConfig, job["config"]), runtime)
+        result = run_loop(build_loop(job["config"]), runtime)
     except BaseException as error:
         error.at_step = runtime.step  # type: ignore[attr-defined]  # tells a fault that recurs from one in passing
         runtime.close(timeout_s=5.0)  # what was measured before the failure is worth having

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator import credentials
 from orchestrator.spares import importing
-from orchestrator.spec import TrainExperiment
+from orchestrator.spec import AnyExperiment
 from workloads.config import ConfigError
 
 
@@ -23,7 +23,7 @@ def is_trial() -> bool:
     return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
-def start_ray(experiment: TrainExperiment, *, uri: str, debug: bool, trials: int = 1) -> None:
+def start_ray(experiment: AnyExperiment, *, uri: str, debug: bool, trials: int = 1) -> None:
     """Join the cluster of RAY_ADDRESS, else start one inside this process; does nothing if this process has joined one.
 
     Args:
@@ -92,7 +92,7 @@ def join(address: str, variables: Mapping[str, str], **options: Any) -> None:
         credentials.deliver(promised, secret)
 
 
-def check_resources(experiment: TrainExperiment) -> None:
+def check_resources(experiment: AnyExperiment) -> None:
     """See that the cluster holds the fewest workers that the run may have.
 
     Raises:
@@ -112,7 +112,7 @@ def check_resources(experiment: TrainExperiment) -> None:
             )
 
 
-def job_environment(experiment: TrainExperiment, uri: str) -> dict[str, str]:
+def job_environment(experiment: AnyExperiment, uri: str) -> dict[str, str]:
     """Variables that Ray's processes get on purpose; on a cluster they share neither the driver's folder nor its environment."""
     return {
         **credentials.gather(os.environ, s3=uses_s3(experiment)),
@@ -122,7 +122,7 @@ def job_environment(experiment: TrainExperiment, uri: str) -> dict[str, str]:
     }
 
 
-def uses_s3(experiment: TrainExperiment) -> bool:
+def uses_s3(experiment: AnyExperiment) -> bool:
     """Whether the run reads or writes an object store."""
     uris = (experiment.storage.path, experiment.data.uri, experiment.evaluation.uri or "")
     return any(uri.startswith("s3://") for uri in uris)

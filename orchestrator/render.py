@@ -10,7 +10,7 @@ from orchestrator.credentials import divide
 from orchestrator.plan import plan_run
 from orchestrator.runs import run_name
 from orchestrator.spares import importing
-from orchestrator.spec import SweepExperiment, TrainExperiment
+from orchestrator.spec import AnyExperiment, SweepExperiment
 from orchestrator.sweep import sweep_name
 from orchestrator.track import is_server, without_secrets
 from workloads.config import ConfigError, to_yaml
@@ -20,7 +20,7 @@ _ROOM = 1.5  # over what was measured: Ray's own processes, the object store, fr
 
 
 def request_of(
-    experiment: TrainExperiment, *, image: str, memory_gib: int | None, measure: bool, spot: bool, retries: int
+    experiment: AnyExperiment, *, image: str, memory_gib: int | None, measure: bool, spot: bool, retries: int
 ) -> ClusterRequest:
     """What `experiment` asks of machines that are not here.
 

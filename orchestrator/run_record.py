@@ -8,12 +8,12 @@ from pathlib import Path
 from orchestrator.failures import sentence
 from orchestrator.journal import JournalArchive, JournalReader, Record, parse_journal, read_segments
 from orchestrator.runs import Run, begun_run, finished_run, hold_run
-from orchestrator.spec import TrainExperiment
+from orchestrator.spec import AnyExperiment
 from orchestrator.track import MlflowSink, artifact_root, run_header, tracking_uri
 from workloads.config import ConfigError
 
 
-def recorded(experiment: TrainExperiment) -> list[Record]:
+def recorded(experiment: AnyExperiment) -> list[Record]:
     """The journal of a run as far as its storage has it; empty if the run never began."""
     run = begun_run(experiment)
     if run is None:
@@ -23,7 +23,7 @@ def recorded(experiment: TrainExperiment) -> list[Record]:
     return parse_journal(b"".join(read_segments(run.filesystem, f"{run.folder}/journal")), source=run.name)
 
 
-def _is_local(experiment: TrainExperiment) -> bool:
+def _is_local(experiment: AnyExperiment) -> bool:
     return "://" not in experiment.storage.path
 
 
@@ -31,7 +31,7 @@ def _local_journal(run: Run) -> Path:
     return Path(run.folder, "journal.jsonl")
 
 
-def settle(experiment: TrainExperiment, *, status: str, tags: Mapping[str, str]) -> str | None:
+def settle(experiment: AnyExperiment, *, status: str, tags: Mapping[str, str]) -> str | None:
     """End the record of a run that nobody drives any more: deliver the rest of its journal, set `tags` and `status`.
 
     Returns:
@@ -61,7 +61,7 @@ def settle(experiment: TrainExperiment, *, status: str, tags: Mapping[str, str])
 
 
 @contextlib.contextmanager
-def journal_of(experiment: TrainExperiment, run: Run) -> Iterator[Path]:
+def journal_of(experiment: AnyExperiment, run: Run) -> Iterator[Path]:
     """The run's journal on this machine: in the run's folder where that is local, else a copy that the storage follows."""
     if _is_local(experiment):
         yield _local_journal(run)

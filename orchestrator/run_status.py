@@ -7,6 +7,7 @@ from orchestrator.evaluate import find_run, open_tracking
 from orchestrator.progress import format_line
 from orchestrator.track import run_address
 
+_SCORES = ("eval/sga", "eval/gap_r", "eval/ap50", "eval/ap")
 _SHOWN = ("train/loss", "train/images_per_s", "train/data_wait_share")
 
 
@@ -32,7 +33,7 @@ def run_status(run: str, *, tracking_uri: str | None) -> dict[str, str]:
         "newest": format_line({key: metrics[key] for key in _SHOWN if key in metrics}),
         "reported": f"{_ago(time.time() - newest_ms / 1000)} ago" if newest_ms and not ended else "",
         "remaining": _remaining(info.status, step, total, metrics),
-        "score": "  ".join(f"{key} {metrics[key]:.3f}" for key in ("eval/sga", "eval/gap_r") if key in metrics),
+        "score": "  ".join(f"{key} {metrics[key]:.3f}" for key in _SCORES if key in metrics),
         "faults": tags.get("run.faults", ""),
         "job": tags.get("ray.submission_id", ""),
         "look": run_address(client.tracking_uri, info.experiment_id, info.run_id),

@@ -12,7 +12,7 @@ import pyarrow.fs as arrow_fs
 
 from orchestrator.locks import hold
 from orchestrator.object_store import HeldError
-from orchestrator.spec import SweepExperiment, TrainExperiment
+from orchestrator.spec import AnyExperiment, SweepExperiment
 from workloads.config import ConfigError, config_hash, flatten
 from workloads.data.manifest import DataError, open_dataset, resolve_uri
 
@@ -54,13 +54,13 @@ def open_storage(uri: str) -> tuple[arrow_fs.FileSystem, str]:
         raise ConfigError(f"storage.path: {error}") from None
 
 
-def run_name(experiment: TrainExperiment) -> str:
+def run_name(experiment: AnyExperiment) -> str:
     """The run's name: the one asked for, else the experiment's name and the beginning of its config's hash."""
     return experiment.tracking.run_name or f"{experiment.name}-{config_hash(experiment.science)[:8]}"
 
 
 @contextlib.contextmanager
-def hold_run(experiment: TrainExperiment) -> Iterator[None]:
+def hold_run(experiment: AnyExperiment) -> Iterator[None]:
     """Be the only driver of the run's name while the context lasts; a driver that died lets go.
 
     Raises:
@@ -94,7 +94,7 @@ def when_free(action: Callable[[], T], *, patience_s: float) -> T:
         time.sleep(0.5)
 
 
-def claim_run(experiment: TrainExperiment, *, manifest_sha256: str) -> Run:
+def claim_run(experiment: AnyExperiment, *, manifest_sha256: str) -> Run:
     """Take the run's name in the storage, or take it up again if the same configuration and data hold it.
 
     Raises:
@@ -153,7 +153,7 @@ def claim_sweep(experiment: SweepExperiment, name: str, *, identity: str, resume
     return _run(name, stored, filesystem, path)
 
 
-def begun_run(experiment: TrainExperiment) -> Run | None:
+def begun_run(experiment: AnyExperiment) -> Run | None:
     """The run of the experiment's name as it stands in the storage, or None."""
     filesystem, path = open_storage(experiment.storage.path)
     name = run_name(experiment)

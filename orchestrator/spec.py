@@ -1,12 +1,13 @@
 """A complete experiment: what `workloads` trains, and where and how it runs."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from orchestrator.search_space import DomainConfig
 from workloads.config import ConfigError, config
+from workloads.loops.finetune import FinetuneConfig
 from workloads.spec import PretrainConfig
 
 
@@ -137,6 +138,36 @@ class TrainExperiment(PretrainConfig):
         """The part that decides the result; its hash is the run's identity, and it says nothing of where it ran."""
         names = [field.name for field in dataclasses.fields(PretrainConfig)]
         return PretrainConfig(**{name: getattr(self, name) for name in names})
+
+
+@config
+class FinetuneExperiment(FinetuneConfig):
+    """One complete, runnable fine-tuning experiment: its loop is another, all that runs it is the same."""
+
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig(experiment="finetuning")
+    storage: StorageConfig = StorageConfig(best_metric="eval/ap50")
+    failure: FailureConfig = FailureConfig()
+
+    @property
+    def science(self) -> FinetuneConfig:
+        """The part that decides the result; its hash is the run's identity, and it says nothing of where it ran."""
+        names = [field.name for field in dataclasses.fields(FinetuneConfig)]
+        return FinetuneConfig(**{name: getattr(self, name) for name in names})
+
+
+AnyExperiment: TypeAlias = TrainExperiment | FinetuneExperiment
+
+EXPERIMENTS: dict[str, type[TrainExperiment] | type[FinetuneExperiment]] = {
+    "pretrain": TrainExperiment,
+    "finetune": FinetuneExperiment,
+}
+"""Loop → the experiments that run it."""
+
+
+def command_of(experiment: AnyExperiment) -> str:
+    """The command that runs an experiment of this loop."""
+    return "train" if experiment.loop == "pretrain" else experiment.loop
 
 
 @config

@@ -27,7 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from orchestrator import credentials
 from orchestrator.ray_session import uses_s3
 from orchestrator.runs import run_name
-from orchestrator.spec import SweepExperiment, TrainExperiment
+from orchestrator.spec import AnyExperiment, SweepExperiment, command_of
 from orchestrator.track import without_secrets
 from workloads.config import ConfigError, config_hash, to_yaml
 
@@ -120,7 +120,7 @@ def _in_words(address: str) -> Any:
         raise SubmitError(f"{shown}: this is not a Ray cluster's dashboard ({str(error)[:200]})") from None
 
 
-def job_name(experiment: TrainExperiment) -> str:
+def job_name(experiment: AnyExperiment) -> str:
     """A submission id: readable, and never used before."""
     stamp = time.strftime("%m%d-%H%M%S")
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", experiment.tracking.run_name or experiment.name)[:60]
@@ -128,7 +128,7 @@ def job_name(experiment: TrainExperiment) -> str:
 
 
 @contextlib.contextmanager
-def working_directory(experiment: TrainExperiment, *, secret: Mapping[str, str]) -> Any:
+def working_directory(experiment: AnyExperiment, *, secret: Mapping[str, str]) -> Any:
     """A folder with what the job needs, as long as the context lasts.
 
     Raises:
@@ -148,7 +148,7 @@ def working_directory(experiment: TrainExperiment, *, secret: Mapping[str, str])
         yield folder
 
 
-def submit_job(client: JobClient, experiment: TrainExperiment, *, debug: bool = False) -> str:
+def submit_job(client: JobClient, experiment: AnyExperiment, *, debug: bool = False) -> str:
     """Send `experiment` as a job; returns its submission id.
 
     Raises:
@@ -159,7 +159,7 @@ def submit_job(client: JobClient, experiment: TrainExperiment, *, debug: bool = 
     seen, secret = credentials.divide(credentials.gather(os.environ, s3=uses_s3(experiment)))
     job = job_name(experiment)
     is_sweep = isinstance(experiment, SweepExperiment)
-    command = "sweep experiment.yaml --resume" if is_sweep else "train experiment.yaml"
+    command = "sweep experiment.yaml --resume" if is_sweep else f"{command_of(experiment)} experiment.yaml"
     with working_directory(experiment, secret=secret) as folder:
         request: dict[str, Any] = {
             "entrypoint": f"python -m orchestrator {command}{' --debug' if debug else ''}",
@@ -185,7 +185,7 @@ def submit_job(client: JobClient, experiment: TrainExperiment, *, debug: bool = 
                 raise SubmitError(f"{without_secrets(client.get_address())} did not take the job: {told}") from None
 
 
-def check_portable(experiment: TrainExperiment, address: str) -> None:
+def check_portable(experiment: AnyExperiment, address: str) -> None:
     """See that what the experiment names is there for a machine that is not this one.
 
     Raises:

@@ -16,7 +16,7 @@ import pyarrow.fs as arrow_fs
 
 from orchestrator.journal import Record
 from orchestrator.runs import Run
-from orchestrator.spec import SweepExperiment, TrainExperiment
+from orchestrator.spec import AnyExperiment, SweepExperiment, command_of
 from workloads.config import ConfigError, flatten, to_yaml
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class RunHeader:
     config_yaml: str
 
 
-def tracking_uri(experiment: TrainExperiment) -> str:
+def tracking_uri(experiment: AnyExperiment) -> str:
     """The configured tracking URI, else MLFLOW_TRACKING_URI, else SQLite in the (local) output folder.
 
     Raises:
@@ -62,14 +62,14 @@ def tracking_uri(experiment: TrainExperiment) -> str:
     return f"sqlite:///{experiment.storage.path}/mlflow.db"
 
 
-def artifact_root(experiment: TrainExperiment) -> str | None:
+def artifact_root(experiment: AnyExperiment) -> str | None:
     """Where artifacts go when the tracking store is a local SQLite file; a server decides for itself."""
     is_local = tracking_uri(experiment).startswith("sqlite:") and "://" not in experiment.storage.path
     return Path(experiment.storage.path, "mlartifacts").as_uri() if is_local else None
 
 
 def run_header(
-    experiment: TrainExperiment, run: Run, *, manifests: Mapping[str, tuple[str, str]], tags: Mapping[str, str]
+    experiment: AnyExperiment, run: Run, *, manifests: Mapping[str, tuple[str, str]], tags: Mapping[str, str]
 ) -> RunHeader:
     """Parameters, tags, dataset inputs and config of `run`.
 
@@ -84,7 +84,8 @@ def run_header(
         "config.sha256": run.config_sha256,
         "data.manifest_sha256": run.manifest_sha256,
         **tags,
-        "mlflow.source.name": f"orchestrator train {experiment.name}",
+        "run.loop": experiment.loop,
+        "mlflow.source.name": f"orchestrator {command_of(experiment)} {experiment.name}",
         "mlflow.source.type": "JOB",
         **git_tags(),
     }

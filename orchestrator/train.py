@@ -20,7 +20,7 @@ from orchestrator.ray_session import is_trial, on_cluster, start_ray
 from orchestrator.run_record import journal_of
 from orchestrator.runs import Run, claim_run, finished_run, hold_run, mark_finished
 from orchestrator.spares import order_first
-from orchestrator.spec import TrainExperiment
+from orchestrator.spec import AnyExperiment
 from orchestrator.track import (
     MlflowSink,
     TrackingError,
@@ -75,7 +75,7 @@ class Stopwatch:
 class Session:
     """What the phases of one `train` share."""
 
-    experiment: TrainExperiment
+    experiment: AnyExperiment
     run: Run
     sink: MlflowSink
     journal: Path
@@ -122,7 +122,7 @@ class Session:
 
 
 def train(
-    experiment: TrainExperiment,
+    experiment: AnyExperiment,
     *,
     console: Any,
     watch: Stopwatch,
@@ -193,9 +193,9 @@ def _wait_connected(connected: "Future[None]", uri: str) -> None:
         raise TrainingError(f"tracking.uri: {without_secrets(uri)} does not answer: {sentence(error)}") from error
 
 
-def check_request(experiment: TrainExperiment) -> dict[str, tuple[str, str]]:
+def check_request(experiment: AnyExperiment) -> dict[str, tuple[str, str]]:
     """Everything that can be known to fail before anything starts; returns context → (data URI, manifest SHA-256)."""
-    from workloads.loops.pretrain import preflight
+    from workloads.loops.dispatch import preflight
 
     check = preflight(experiment.science, experiment.scaling.most_workers)
     manifests = {"training": (experiment.data.uri, check.manifest_sha256)}

@@ -6,18 +6,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.checkpoint import CheckpointError, CheckpointWriteError
-from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, to_dict
+from workloads.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
+from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
 from workloads.discovery.components import FeaturesError
 from workloads.loops.discover import DiscoverConfig
 from workloads.loops.discovered import DiscoveryError, discover
-from workloads.loops.dispatch import LOOPS, load_loop, preflight, run_loop
-from workloads.loops.evaluate import evaluate
+from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
+from workloads.loops.one_shot import OneShotRunConfig, one_shot
 from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
-from workloads.spec import EvaluationConfig, load_model
 
 _LOG = logging.getLogger("workloads")
 
@@ -40,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(
             "--output", type=Path, default=Path("runs/local"), help="folder of the run (default: %(default)s)"
         )
-    measure = commands.add_parser("evaluate", help="measure SGA, RIGA and GAP-R of a checkpoint on a dataset")
+    measure = commands.add_parser("evaluate", help="measure a checkpoint on a dataset, as its loop does")
     measure.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
     measure.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the evaluation section, as uri=…")
     measure.add_argument(
@@ -49,6 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     look = commands.add_parser("discover", help="find one object an image, and measure CorLoc where objects are known")
     look.add_argument("overrides", nargs="*", metavar="key=value", help="uri=DATASET, methods, trunk.kind …")
     look.add_argument("--output", type=Path, default=Path("runs/discovery"), help="folder for boxes and figures")
+    shot = commands.add_parser("one-shot", help="shot for one object in other images with a checkpoint's embeddings")
+    shot.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints of a pretraining run")
+    shot.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="uri=DATASET, and other keys of the measurement"
+    )
+    shot.add_argument(
+        "--output", type=Path, default=Path("runs/one_shot"), help="folder for the figures and the gallery"
+    )
     keys = commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
     keys.add_argument("loop", nargs="?", default="pretrain", choices=LOOPS, help="which loop (default: %(default)s)")
     return parser
@@ -68,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
-        run = {"evaluate": _evaluate, "discover": _discover}.get(options.command, _train)
-        return run(options, overrides)
+        others_than_training = {"evaluate": _evaluate, "one-shot": _one_shot, "discover": _discover}
+        return others_than_training.get(options.command, _train)(options, overrides)
     except (NonFiniteLossError, RunStoppedError, CheckpointWriteError, DiscoveryError, FeaturesError) as error:
         _LOG.error("%s", error)
         return 1
@@ -95,13 +102,21 @@ def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
-    _, run = load_model(options.checkpoint)
-    settings = build(EvaluationConfig, apply_overrides(to_dict(run.evaluation), overrides))
-    if settings.uri is None:
-        raise ConfigError("uri: name the dataset to evaluate on, as uri=FOLDER")
+    run = build_loop(read_yaml(options.checkpoint / CONFIG))
+    settings = apply_overrides(to_dict(run), {f"evaluation.{key}": value for key, value in overrides.items()})
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
-        evaluate(options.checkpoint, uri=settings.uri, config=settings, runtime=runtime)
+        evaluate_loop(options.checkpoint, build_loop(settings), runtime)
+    finally:
+        runtime.close()
+    return 0
+
+
+def _one_shot(options: argparse.Namespace, overrides: dict[str, object]) -> int:
+    settings = build(OneShotRunConfig, apply_overrides({}, overrides))
+    runtime = LocalRuntime(options.output, stream=sys.stdout)
+    try:
+        one_shot(options.checkpoint, settings, runtime)
     finally:
         runtime.close()
     return 0

@@ -5,43 +5,27 @@ respect to the embeddings; then each micro-batch once more with its graph, from 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from workloads.types import StepResult, Views
-
-Embeddings = Mapping[str, Tensor]
-"""Whatever an objective's loss needs of its networks: named tensors whose first axis is the images."""
+from workloads.types import PairViews, StepResult, Views
 
 
-class CachableObjective(Protocol):
-    """An objective in two parts: `loss(embed(views), views)` is its forward."""
-
-    def embed(self, views: Views) -> Embeddings:
-        """Run the networks; rows do not depend on each other."""
-        ...
-
-    def loss(self, embeddings: Embeddings, views: Views) -> StepResult:
-        """The loss of this rank's rows over the global batch."""
-        ...
-
-
-def backward_in_micro_batches(objective: nn.Module, views: Views, micro_batch_size: int) -> StepResult:
+def backward_in_micro_batches(objective: nn.Module, views: Views | PairViews, micro_batch_size: int) -> StepResult:
     """Add the gradient of the global-batch loss to `objective`'s parameters, averaged over ranks; returns the detached step.
 
     The second pass draws the same random numbers as the first, and updates no running statistics.
 
     Args:
-        objective: a `CachableObjective`, not wrapped in DDP: gradients are averaged here, once.
+        objective: in two parts, `loss(embed(views), views)` being its forward, and not wrapped in DDP: gradients are averaged here, once.
         micro_batch_size: images of this rank that have a graph at a time.
     """
     parts = [slice(i, i + micro_batch_size) for i in range(0, views.valid.shape[0], micro_batch_size)]
-    device = views.full.device
+    device = views.valid.device
     states, pieces = [], []
     with torch.no_grad():
         for part in parts:

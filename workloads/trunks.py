@@ -6,11 +6,11 @@ import torch
 import torchvision
 from pydantic import Field
 
-from workloads.checkpoint import CONFIG, CheckpointError, read_checkpoint
-from workloads.config import ConfigError, build, config, parse_yaml
-from workloads.data.filesystems import DataError, read_bytes, resolve_uri
+from workloads.checkpoint import CheckpointError
+from workloads.config import ConfigError, config
+from workloads.data.filesystems import DataError, resolve_uri
 from workloads.models.backbone import BackboneConfig, Trunk
-from workloads.spec import PretrainConfig, build_objective
+from workloads.spec import load_trunk
 
 
 @config
@@ -20,6 +20,10 @@ class RandomTrunkConfig:
     kind: Literal["random"] = "random"
     """Which trunk."""
     backbone: BackboneConfig = BackboneConfig()
+
+    def __post_init__(self) -> None:
+        if self.backbone.is_vit:
+            raise ConfigError("trunk.backbone.name: the detectors stand on a ResNet")
 
 
 @config
@@ -40,7 +44,7 @@ class SupervisedTrunkConfig:
     """Which trunk."""
     name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     """Architecture, torchvision's."""
-    weights: str | None = None
+    file: str | None = None
     """File (path or URI) of the state dict, as torchvision publishes it; null: torchvision's own download."""
 
 
@@ -65,49 +69,44 @@ def make_trunk(settings: AnyTrunk) -> Trunk:
             try:
                 trunk.body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
             except (RuntimeError, AttributeError) as error:
-                raise ConfigError(f"trunk.weights: {_short(error)}; give {settings.name}'s state dict") from None
+                raise ConfigError(f"trunk.file: {_short(error)}; give {settings.name}'s state dict") from None
             return trunk
 
 
 def load_checkpoint_trunk(uri: str) -> Trunk:
-    """The full view's trunk of the pretraining checkpoint at `uri`.
+    """The ResNet trunk of the pretraining checkpoint at `uri`, on the CPU.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: there is none, it is damaged, or its trunk is no ResNet.
     """
     try:
-        filesystem, folder = resolve_uri(uri)
-        text = read_bytes(filesystem, f"{folder}/{CONFIG}").decode()
-        run = build(PretrainConfig, parse_yaml(text, source=CONFIG))
-        objective = build_objective(run)
-        objective.load_state_dict(read_checkpoint(folder, filesystem).state["model"])
+        trunk = load_trunk(uri)
     except (CheckpointError, DataError, OSError) as error:
         raise ConfigError(f"trunk.uri: {uri} is not a checkpoint ({_short(error)})") from None
     except ConfigError as error:
         raise ConfigError(f"trunk.uri: {uri} is not of a pretraining run ({error})") from None
     except RuntimeError as error:
         raise ConfigError(f"trunk.uri: {uri} holds other networks than its configuration ({_short(error)})") from None
-    trunk = getattr(objective, "trunk", None)
     if not isinstance(trunk, Trunk):
         raise ConfigError(f"trunk.uri: {uri} holds no ResNet, which the detectors need")
     return trunk
 
 
 def _supervised_state(settings: SupervisedTrunkConfig) -> dict[str, Any]:
-    if settings.weights is None:
+    if settings.file is None:
         try:
             return torchvision.models.get_model_weights(settings.name)["IMAGENET1K_V1"].get_state_dict(progress=False)
         except Exception as error:
             raise ConfigError(
-                f"trunk.weights: torchvision cannot download {settings.name}'s weights here ({_short(error)}); "
+                f"trunk.file: torchvision cannot download {settings.name}'s weights here ({_short(error)}); "
                 "give the path of the file"
             ) from None
     try:
-        filesystem, path = resolve_uri(settings.weights)
+        filesystem, path = resolve_uri(settings.file)
         with filesystem.open_input_file(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds
-        raise ConfigError(f"trunk.weights: {settings.weights} cannot be read ({_short(error)})") from None
+        raise ConfigError(f"trunk.file: {settings.file} cannot be read ({_short(error)})") from None
 
 
 def _short(error: BaseException) -> str:

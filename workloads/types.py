@@ -21,10 +21,13 @@ class ImageBatch:
     positions: Tensor  # int64 (B,): place in the epoch's global order
     valid: Tensor  # bool (B,): False where the row did not decode or is padding; such a row counts nowhere
     epoch: int
+    regions: Tensor | None = None  # int32 (B, H, W): number of each pixel's region, from 1 in each image; 0: of none
+    num_regions: int = 0  # the highest number in `regions`, known without asking the device
 
     def to(self, device: Any, *, non_blocking: bool = True) -> "ImageBatch":
         """The same batch with its tensors on `device`."""
-        names = ("images", "content_hw", "source_hw", "positions", "valid")
+        names = ["images", "content_hw", "source_hw", "positions", "valid"]
+        names += ["regions"] if self.regions is not None else []
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names})
 
 
@@ -62,6 +65,41 @@ class Views:
     def rows(self, part: slice) -> "Views":
         """The views of some of the images."""
         tensors = {n: getattr(self, n)[part] for n in ("full", "crops", "valid", "positions")}
+        return replace(self, geometry=self.geometry.rows(part), **tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairGeometry:
+    """Where each of an image's two views was taken, and how it was mirrored."""
+
+    box_xyxy: Tensor  # float32 (B, 2, 4): in pixels of the image on the batch's canvas, before the view's flips
+    flips: Tensor  # bool (B, 2, 2): view mirrored (horizontally, vertically)
+
+    def rows(self, part: slice) -> "PairGeometry":
+        """The geometry of some of the images."""
+        return PairGeometry(box_xyxy=self.box_xyxy[part], flips=self.flips[part])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairViews:
+    """Two augmented views of each image, [0, 1], RGB, not yet normalised; what some objectives want beside them may be there."""
+
+    images: Tensor  # float32 (B, 2, 3, h, w)
+    geometry: PairGeometry
+    valid: Tensor  # bool (B,)
+    positions: Tensor  # int64 (B,)
+    epoch: int
+    regions: Tensor | None = None  # int64 (B, 2, g, g): region of each cell of the view's g × g grid; 0: of none
+    num_regions: int = 0  # the highest number in `regions`
+    patches: Tensor | None = None  # float32 (B, 2, P, 3, h', w'): small pieces of each view, in random order
+
+    def rows(self, part: slice) -> "PairViews":
+        """The views of some of the images."""
+        tensors = {
+            n: value[part]
+            for n in ("images", "valid", "positions", "regions", "patches")
+            if (value := getattr(self, n)) is not None
+        }
         return replace(self, geometry=self.geometry.rows(part), **tensors)
 
 

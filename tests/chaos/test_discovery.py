@@ -15,7 +15,14 @@ from workloads.data.reader import read_annotations
 
 def test_an_actor_is_killed_in_the_middle(coco: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "runs" / "found"
-    options = ("trunk.vit.depth=2", "part_size=1", "gallery=0", "scaling.num_workers=2", "scaling.cpus_per_worker=1")
+    options = (
+        "trunk.kind=vit",
+        "trunk.vit.depth=2",
+        "part_size=1",
+        "gallery=0",
+        "scaling.num_workers=2",
+        "scaling.cpus_per_worker=1",
+    )
     command = [sys.executable, "-m", "orchestrator", "discover", f"uri={coco['train']}", f"output={output}", *options]
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -11,7 +11,7 @@ from workloads.data.detection_views import DetectionViews, DetectionViewsConfig,
 from workloads.data.manifest import open_dataset
 from workloads.data.objects import Objects, read_objects, read_panoptic
 from workloads.data.reader import DataConfig, EvalLoader
-from workloads.models.detector import IMAGENET_MEAN, IMAGENET_STD
+from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workloads.types import ImageBatch
 
 SETTINGS = DetectionViewsConfig(short_side=48, long_side=96)

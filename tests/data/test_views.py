@@ -6,7 +6,7 @@ import torchvision.transforms.v2.functional as F
 
 from workloads.config import ConfigError, build
 from workloads.data.random import stream, text_keys, uniform
-from workloads.data.views import JitterConfig, ViewsConfig, _axis_weights, _resample, jitter_colours, make_views
+from workloads.data.views import JitterConfig, ViewsConfig, axis_weights, jitter_colours, make_views, resample
 from workloads.types import ImageBatch
 
 NO_JITTER = JitterConfig(share=0.0)
@@ -34,9 +34,9 @@ def test_one_resampling_equals_crop_then_antialiased_resize(box, size):
     expected = F.resize(image[:, :, y0:y1, x0:x1], [size, size], antialias=True)
     number = lambda *v: torch.tensor([[float(a) for a in v]])  # noqa: E731
     for flip_x in (False, True):
-        rows = _axis_weights(number(y0), number(y1 - y0), torch.tensor([[False]]), 64, size)
-        columns = _axis_weights(number(x0), number(x1 - x0), torch.tensor([[flip_x]]), 96, size)
-        got = _resample(image, rows, columns)[:, 0]
+        rows = axis_weights(number(y0), number(y1 - y0), torch.tensor([[False]]), 64, size)
+        columns = axis_weights(number(x0), number(x1 - x0), torch.tensor([[flip_x]]), 96, size)
+        got = resample(image, rows, columns)[:, 0]
         torch.testing.assert_close(got, expected.flip(-1) if flip_x else expected, atol=1e-5, rtol=1e-4)
 
 

@@ -186,7 +186,7 @@ def test_boxes_of_another_program_are_measured(coco: dict[str, str], tmp_path: P
     [
         (["methods=[file]"], "file: goes together"),
         (["methods=[lost, lost]"], "each one once"),
-        (["methods=[cls_attention]", "trunk.kind=resnet"], "needs a transformer"),
+        (["trunk=null"], "trunk.kind: say whose"),
         (["lost.k=0"], "lost.k"),
         (["lost.kk=1"], "did you mean lost.k"),
         (["methods=[detector]"], "detector: goes together"),
@@ -196,6 +196,15 @@ def test_boxes_of_another_program_are_measured(coco: dict[str, str], tmp_path: P
 def test_a_wrong_request_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings_of("somewhere", *overrides)
+
+
+def test_trunks_that_do_not_fit_are_refused(coco: dict[str, str], tmp_path: Path) -> None:
+    for overrides, message in (
+        (["methods=[cls_attention]", "trunk.kind=random"], "needs a transformer"),
+        (["trunk.kind=checkpoint", f"trunk.uri={tmp_path}/nothing"], "nothing"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            PartWorker(prepare(settings_of(coco["val"], *overrides), str(tmp_path / "x")))
 
 
 def test_random_weights_are_the_seeds(coco: dict[str, str], tmp_path: Path) -> None:

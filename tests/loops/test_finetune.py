@@ -118,12 +118,12 @@ def test_a_state_dict_of_torchvisions_is_a_supervised_trunk(coco, tmp_path):
     torch.manual_seed(3)
     plain = torchvision.models.resnet18()
     torch.save(plain.state_dict(), tmp_path / "resnet18.pth")
-    trunk = make_trunk(SupervisedTrunkConfig(weights=str(tmp_path / "resnet18.pth")))
+    trunk = make_trunk(SupervisedTrunkConfig(file=str(tmp_path / "resnet18.pth")))
     assert torch.equal(trunk.body.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
     for name, message in (("resnet34", "give resnet34's state dict"), ("resnet18", "cannot be read")):
         path = tmp_path / ("resnet18.pth" if name == "resnet34" else "missing.pth")
-        with pytest.raises(ConfigError, match=f"trunk.weights: .*{message}"):
-            make_trunk(SupervisedTrunkConfig(name=name, weights=str(path)))
+        with pytest.raises(ConfigError, match=f"trunk.file: .*{message}"):
+            make_trunk(SupervisedTrunkConfig(name=name, file=str(path)))
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn_c4"])
@@ -161,7 +161,7 @@ def finetune_on_rank(rank: int, world_size: int, coco: dict, output: str) -> dic
 def test_three_processes_train_and_measure_what_one_does(coco, tmp_path):
     alone = finetune_on_rank(0, 1, coco, str(tmp_path / "one"))
     ranks = run_on_ranks(finetune_on_rank, 3, tmp_path / "ranks", coco, str(tmp_path / "three"))
-    shares = [rank.pop("eval/forward_share") for rank in ranks]  # each measures its own time
+    shares = [rank.pop("speed/forward_share") for rank in ranks]  # each measures its own time
     assert all(0 < share < 1 for share in shares) and repr(ranks[0]) == repr(ranks[1]) == repr(ranks[2])
     assert ranks[0]["eval/images"] == 16 and ranks[0]["eval/ap50"] == pytest.approx(alone["eval/ap50"], abs=0.02)
     losses = [[r["train/loss"] for r in records(tmp_path / name) if "train/loss" in r] for name in ("one", "three")]

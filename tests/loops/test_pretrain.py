@@ -94,7 +94,6 @@ def test_a_run_leaves_records_a_checkpoint_and_pictures(uri, tmp_path):
 
     again = evaluate(
         newest(tmp_path),
-        uri=uri,
         config=settings.evaluation,
         runtime=LocalRuntime(tmp_path / "again"),
     )

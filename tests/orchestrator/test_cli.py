@@ -91,10 +91,11 @@ def test_the_science_skips_what_the_orchestrator_adds() -> None:
 
     from orchestrator.load import EXPERIMENTS
     from orchestrator.spec import SweepExperiment
-    from workloads.spec import ORCHESTRATOR_SECTIONS, PretrainConfig, load_pretrain
+    from workloads.loops.dispatch import load_loop
+    from workloads.spec import ORCHESTRATOR_SECTIONS, PretrainConfig
 
     added = {field.name for field in dataclasses.fields(SweepExperiment)}
     added -= {field.name for field in dataclasses.fields(PretrainConfig)}
     assert added == set(ORCHESTRATOR_SECTIONS)
     for path in EXPERIMENTS.glob("*.yaml"):
-        load_pretrain(path, {})
+        load_loop(path, {})

@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster
 
 from orchestrator.cli import run
 from tests.orchestrator.conftest import write_experiment
+from tests.orchestrator.test_finetune import EXPERIMENT as DETECTOR
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]  # seven processes import torch before the first step
 
@@ -129,6 +130,19 @@ def test_evaluate_agrees_with_the_run_and_names_another_dataset(
     assert added and all(key.startswith("eval/on_train-") for key in added)
     for history in histories(client, after[0]).values():
         assert len({step for step, _ in history}) == len(history)
+
+
+def test_two_workers_fine_tune_a_detector_on_the_runs_trunk(
+    on_cluster: None, folder: Path, coco: dict[str, str], tmp_path: Path
+) -> None:
+    trunk = max((folder / "runs" / "both" / "checkpoints").glob("step_*"))
+    path = tmp_path / "detector.yaml"
+    path.write_text(DETECTOR.format(**coco, output=folder / "runs") + f"trunk: {{kind: checkpoint, uri: {trunk}}}\n")
+    assert run(["finetune", str(path), "tracking.run_name=boxes", "scaling.num_workers=2"]) == 0
+    client, found = runs_of(folder)
+    detector = next(item for item in found if item.info.run_name == "boxes")
+    points = histories(client, detector)
+    assert [step for step, _ in points["train/loss"]] == [2, 4, 6] and points["eval/images"] == [(6, 16)]
 
 
 def test_a_loss_that_is_no_number_fails_the_run(

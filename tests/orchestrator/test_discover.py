@@ -18,6 +18,7 @@ from workloads.data.manifest import open_dataset
 from workloads.data.reader import read_annotations
 
 COMMON = (
+    "trunk.kind=vit",
     "trunk.vit.depth=2",
     "part_size=2",
     "batch_size=2",
@@ -83,7 +84,8 @@ def test_killed_in_the_middle_and_given_again(
     ("arguments", "message"),
     [
         (["methods=[lost]"], "uri: name the dataset"),
-        (["uri=nowhere"], "holds no manifest.json"),
+        (["uri=nowhere", "methods=[centre]"], "holds no manifest.json"),
+        (["uri=nowhere"], "trunk.kind: say whose features"),
         (["uri=nowhere", "methods=[lots]"], "methods"),
         (["a.yaml", "b.yaml", "uri=x"], "b.yaml: expected key=value"),
         (["uri=nowhere", "scaling.workers=2"], "unknown key scaling.workers"),

@@ -15,6 +15,8 @@ import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from workloads.data.region_masks import RegionsError, decode_regions, resize_regions
+
 Encoded: TypeAlias = bytes | memoryview | np.ndarray
 
 MAX_PIXELS = 178_956_970
@@ -138,6 +140,39 @@ def decode_batch(
         canvas = _canvas(len(encoded), height, width, pinned)
         list(pool.map(_place, [decoded and decoded[0] for decoded in found], canvas.numpy()))
     return canvas, torch.from_numpy(content), torch.from_numpy(source), torch.from_numpy(content[:, 0] > 0)
+
+
+def decode_regions_batch(
+    encoded: Sequence[bytes | None],
+    *,
+    content_hw: Tensor,
+    canvas_hw: tuple[int, int],
+    pool: ThreadPoolExecutor,
+    pinned: bool = False,
+) -> tuple[Tensor, int]:
+    """Region masks at the size of their images, on a canvas like theirs.
+
+    Args:
+        content_hw: int64 (B, 2), from `decode_batch`; an image that did not decode has no regions.
+
+    Returns:
+        int32 (B, H, W), 0 where there is no region or no readable mask; and the highest number in it.
+    """
+    canvas = torch.zeros((len(encoded), *canvas_hw), dtype=torch.int32, pin_memory=pinned)
+    rows, sizes = canvas.numpy(), content_hw.tolist()
+
+    def work(i: int) -> int:
+        data, (height, width) = encoded[i], sizes[i]
+        if data is None or height == 0:
+            return 0
+        try:
+            ids = resize_regions(decode_regions(data), (height, width))
+        except RegionsError:
+            return 0
+        rows[i, :height, :width] = ids
+        return int(ids.max(initial=0))
+
+    return canvas, max(pool.map(work, range(len(encoded))), default=0)
 
 
 def _canvas(count: int, height: int, width: int, pinned: bool) -> Tensor:

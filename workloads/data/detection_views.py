@@ -29,6 +29,11 @@ class DetectionViewsConfig:
     horizontal_flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the training images that are mirrored left to right."""
 
+    @property
+    def views_per_image(self) -> int:
+        """Images that the networks see of each image."""
+        return 1
+
     def __post_init__(self) -> None:
         if self.long_side < self.short_side:
             raise ConfigError(f"views.long_side: {self.long_side} is less than views.short_side={self.short_side}")

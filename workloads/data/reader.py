@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from workloads.config import config
-from workloads.data.decode import decode_batch
+from workloads.data.decode import decode_batch, decode_regions_batch
 from workloads.data.disk_cache import DiskCache
 from workloads.data.manifest import DataError, Dataset
 from workloads.data.row_groups import RowGroup, RowGroupReader, damaged_shard
@@ -80,12 +80,23 @@ class _Share:
 
 
 class TrainLoader:
-    """One rank's batches in the plan's order, epoch after epoch, from any step on."""
+    """One rank's batches in the plan's order, epoch after epoch, from any step on.
+
+    Args:
+        regions: name of the column of region masks that comes with the images; None: none.
+    """
 
     def __init__(
-        self, dataset: Dataset, plan: SamplePlan, config: DataConfig, *, rank: int = 0, world_size: int = 1
+        self,
+        dataset: Dataset,
+        plan: SamplePlan,
+        config: DataConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        regions: str | None = None,
     ) -> None:
-        self._pipeline = _Pipeline(dataset, config)
+        self._pipeline = _Pipeline(dataset, config, regions=regions)
         self._plan, self._rank, self._world_size = plan, rank, world_size
         self._max_bad_share = config.max_bad_share
         lanes = plan.lanes_of(rank, world_size)
@@ -141,6 +152,9 @@ class EvalLoader:
     """Every image once over all ranks, in the dataset's order; all ranks have the same number of batches.
 
     A rank's rows are contiguous. Padding rows are not valid, their id is "" and their position −1.
+
+    Args:
+        wanted: ids of the images that are decoded; the others are there as rows that are not valid. None: all.
     """
 
     def __init__(
@@ -152,9 +166,10 @@ class EvalLoader:
         rank: int = 0,
         world_size: int = 1,
         limit: int | None = None,
+        wanted: frozenset[str] | None = None,
     ) -> None:
         self._dataset = dataset
-        self._pipeline = _Pipeline(dataset, config)
+        self._pipeline = _Pipeline(dataset, config, wanted=wanted)
         self.num_images = min(dataset.num_images, limit if limit is not None else dataset.num_images)
         """Images over all ranks."""
         per_rank = -(-self.num_images // world_size)
@@ -230,11 +245,19 @@ class _Pipeline:
     One thread walks the plan and asks for row groups early; they live as long as a batch on its way has them open.
     """
 
-    def __init__(self, dataset: Dataset, config: DataConfig) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        regions: str | None = None,
+        wanted: frozenset[str] | None = None,
+    ) -> None:
         cache = None
         if config.cache_dir is not None:
             cache = DiskCache(config.cache_dir, max_bytes=int(config.cache_gib * 2**30))
-        self._reader = RowGroupReader(dataset, cache)
+        self._reader = RowGroupReader(dataset, cache, regions=regions)
+        self._regions, self._wanted = regions, wanted
         self._config = config
         self.wait_seconds = 0.0
 
@@ -298,8 +321,11 @@ class _Run:
         if asked is None:
             return None
         share, held = asked
-        encoded, ids = _rows_of(share, held)
+        encoded, ids, masks = _rows_of(share, held)
         padding = share.size - len(ids)
+        wanted = self._pipeline._wanted
+        if wanted is not None:
+            encoded = [data if name in wanted else None for data, name in zip(encoded, ids, strict=True)]
         encoded += [None] * padding
         images, content_hw, source_hw, valid = decode_batch(
             encoded,
@@ -309,6 +335,16 @@ class _Run:
             dct_scaling=self._config.dct_scaling,
         )
         positions = np.concatenate([share.positions, np.full(padding, -1, dtype=np.int64)])
+        regions, num_regions = None, 0
+        if self._pipeline._regions is not None:
+            canvas_hw = (images.shape[2], images.shape[3])
+            regions, num_regions = decode_regions_batch(
+                [*masks, *[None] * padding],
+                content_hw=content_hw,
+                canvas_hw=canvas_hw,
+                pool=self._decode_pool,
+                pinned=torch.cuda.is_available(),
+            )
         return ImageBatch(
             images=images,
             content_hw=content_hw,
@@ -317,13 +353,20 @@ class _Run:
             positions=torch.from_numpy(positions),
             valid=valid,
             epoch=share.epoch,
+            regions=regions,
+            num_regions=num_regions,
         )
 
 
-def _rows_of(share: _Share, held: dict[int, Future[RowGroup]]) -> tuple[list[np.ndarray | None], Sequence[str]]:
-    encoded, ids = [], []
+def _rows_of(
+    share: _Share, held: dict[int, Future[RowGroup]]
+) -> tuple[list[np.ndarray | None], Sequence[str], list[bytes | None]]:
+    """Encoded images, ids and, where they were asked for, encoded masks."""
+    encoded, ids, masks = [], [], []
     for group, row in zip(share.row_group.tolist(), share.row_in_group.tolist(), strict=True):
         row_group = held[group].result()
         encoded.append(row_group.encoded(row))
         ids.append(row_group.image_ids[row])
-    return encoded, ids
+        if row_group.regions is not None:
+            masks.append(row_group.regions[row])
+    return encoded, ids, masks

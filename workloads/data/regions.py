@@ -1,4 +1,4 @@
-"""Grids over a view: which cell holds a point, where cells' centres are, which cells a crop does not cover."""
+"""Grids over a view: which cell holds a point, which cells a crop does not cover, which region of the image a cell shows."""
 
 import torch
 from torch import Tensor
@@ -38,3 +38,50 @@ def cells_inside(box_xyxy: Tensor, grid_hw: tuple[int, int], size_hw: tuple[int,
 def one_hot_cell(index: Tensor, cells: int) -> Tensor:
     """bool (..., cells): True at `index` (...)."""
     return index[..., None] == torch.arange(cells, device=index.device)
+
+
+def source_pixels(start: Tensor, stop: Tensor, mirrored: Tensor, size: int, extent: Tensor) -> Tensor:
+    """int64 (B, V, size): the pixel of the image's axis that each of a view's `size` pixels shows, by nearest sampling.
+
+    Args:
+        start, stop: (B, V), the interval of the axis that the view shows, pixels.
+        mirrored: bool (B, V).
+        extent: int64 (B, 1), pixels that the image has on this axis.
+    """
+    out = torch.arange(size, device=start.device, dtype=torch.float32) + 0.5
+    out = torch.where(mirrored[..., None], size - out, out)
+    pixel = (start[..., None] + out * ((stop - start) / size)[..., None]).floor().long()
+    return torch.minimum(pixel.clamp(min=0), extent[..., None] - 1)
+
+
+def grid_regions(y: Tensor, x: Tensor, content_hw: Tensor, grid: int) -> Tensor:
+    """int64 (B, V, h, w): the cell, from 1 to grid², of a grid over the image that holds pixels `y` (B, V, h) and `x` (B, V, w)."""
+
+    def cell(pixel: Tensor, extent: Tensor) -> Tensor:
+        return ((2 * pixel + 1) * grid // (2 * extent[:, None, None])).clamp(max=grid - 1)
+
+    row, column = cell(y, content_hw[:, 0]), cell(x, content_hw[:, 1])
+    return 1 + row[..., :, None] * grid + column[..., None, :]
+
+
+def pool_regions(pixels: Tensor, grid: int, num_regions: int) -> Tensor:
+    """The region that covers most of each cell; of several, the one of the lowest number.
+
+    One-hot, average pooling and argmax of arXiv 2103.10957, without the one-hot planes: each pixel is counted once.
+
+    Args:
+        pixels: int64 (N, h, w), numbers from 0 to `num_regions`; h and w are multiples of `grid`.
+
+    Returns:
+        int64 (N, grid, grid).
+    """
+    n, height, width = pixels.shape
+    kinds = num_regions + 1
+    row = torch.arange(height, device=pixels.device) * grid // height
+    column = torch.arange(width, device=pixels.device) * grid // width
+    cell = row[:, None] * grid + column
+    counts = torch.zeros(n, grid * grid * kinds, dtype=torch.int64, device=pixels.device)
+    counts.scatter_add_(1, (cell * kinds + pixels).flatten(1), torch.ones_like(pixels).flatten(1))
+    # Exact in integers, and the lowest number wins a tie on every device, which argmax does not promise.
+    ranked = counts.unflatten(1, (grid * grid, kinds)) * kinds + torch.arange(kinds - 1, -1, -1, device=pixels.device)
+    return ranked.argmax(-1).unflatten(1, (grid, grid))

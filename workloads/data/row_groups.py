@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from workloads.data.disk_cache import DiskCache
 from workloads.data.filesystems import ATTEMPTS, DataError, StoreUnavailableError, is_outage, with_retries
 from workloads.data.manifest import Dataset
+from workloads.data.region_masks import PREFIX
 
 _OPEN_SHARDS = 256
 _COLUMNS = ["image.bytes", "image_id"]
@@ -33,6 +34,7 @@ class RowGroup:
     data: np.ndarray  # uint8, all images one after the other
     offsets: np.ndarray  # int64 (rows + 1,)
     image_ids: list[str]
+    regions: list[bytes | None] | None = None  # encoded masks, where they were asked for
 
     def encoded(self, row: int) -> np.ndarray | None:
         """One image's bytes, uint8 (n,), or None where the row has none."""
@@ -43,8 +45,10 @@ class RowGroup:
 class RowGroupReader:
     """Fetches row groups by their number in the dataset; safe for many threads."""
 
-    def __init__(self, dataset: Dataset, cache: DiskCache | None = None) -> None:
+    def __init__(self, dataset: Dataset, cache: DiskCache | None = None, *, regions: str | None = None) -> None:
         self._dataset = dataset
+        self._regions = None if regions is None else PREFIX + regions
+        self._columns = _COLUMNS if regions is None else [*_COLUMNS, f"{self._regions}.bytes"]
         self._cache = cache
         self._attempts = ATTEMPTS if isinstance(dataset.filesystem, pafs.S3FileSystem) else 1
         self._lock = threading.Lock()
@@ -87,10 +91,10 @@ class RowGroupReader:
         _, metadata = self._shard(shard)
         extent = pa.PythonFile(_Extent(data, int(index.offset[group])), mode="r")
         parquet = pq.ParquetFile(extent, metadata=metadata, page_checksum_verification=True)
-        table = parquet.read_row_group(group - int(index.first[shard]), columns=_COLUMNS, use_threads=False)
+        table = parquet.read_row_group(group - int(index.first[shard]), columns=self._columns, use_threads=False)
         if len(table) != rows:
             raise OSError(f"row group {group} has {len(table)} rows where the index says {rows}")
-        return _as_row_group(table)
+        return _as_row_group(table, self._regions)
 
     def _shard(self, shard: int) -> tuple[pa.NativeFile, pq.FileMetaData]:
         with self._lock:
@@ -109,7 +113,32 @@ class RowGroupReader:
         return opened
 
 
-def _as_row_group(table: pa.Table) -> RowGroup:
+def region_columns(dataset: Dataset) -> list[str]:
+    """Names of the columns of regions that the dataset has, without their prefix.
+
+    Raises:
+        DataError: a shard cannot be read.
+    """
+    try:
+        schema = pq.read_schema(dataset.shard_path(0), filesystem=dataset.filesystem)
+    except (OSError, pa.ArrowException) as error:
+        raise damaged_shard(dataset, 0, error) from None
+    return [column.removeprefix(PREFIX) for column in schema.names if column.startswith(PREFIX)]
+
+
+def check_regions(dataset: Dataset, name: str) -> None:
+    """See that the dataset has a column of regions of this name.
+
+    Raises:
+        DataError: it has not; the message names those that it has.
+    """
+    known = region_columns(dataset)
+    if name not in known:
+        has = f"only {', '.join(known)}" if known else "none"
+        raise DataError(f"{dataset.uri}: has no regions {name!r}, {has}; build it with `data build --regions {name}`")
+
+
+def _as_row_group(table: pa.Table, regions: str | None) -> RowGroup:
     column = table["image"]
     # combine_chunks copies even a single chunk, which is what a row group of ours is.
     chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -117,7 +146,10 @@ def _as_row_group(table: pa.Table) -> RowGroup:
     _, offsets, data = images.buffers()
     used = np.frombuffer(offsets, dtype=np.int64)[images.offset : images.offset + len(images) + 1]
     encoded = np.frombuffer(data, dtype=np.uint8) if data is not None else np.empty(0, dtype=np.uint8)
-    return RowGroup(data=encoded, offsets=used, image_ids=table["image_id"].to_pylist())
+    masks = None
+    if regions is not None:
+        masks = [mask and mask["bytes"] for mask in table[regions].to_pylist()]
+    return RowGroup(data=encoded, offsets=used, image_ids=table["image_id"].to_pylist(), regions=masks)
 
 
 class _Extent:

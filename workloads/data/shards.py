@@ -1,6 +1,7 @@
 """One shard: which rows it gets, and how they become bytes, the same on every machine that writes it."""
 
 import collections
+import functools
 import hashlib
 import io
 import json
@@ -16,8 +17,16 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from workloads.config import config
+from workloads.config import config, to_dict
 from workloads.data.decode import MAX_PIXELS, DecodeError, decode_image
+from workloads.data.region_masks import (
+    PREFIX,
+    RegionColumnsConfig,
+    RegionsError,
+    compute_regions,
+    encode_regions,
+    resize_regions,
+)
 from workloads.data.sources import OBJECTS_TYPE, SourceConfig
 
 T = TypeVar("T")
@@ -74,13 +83,20 @@ class BuildConfig:
     """Images of more pixels are rejected."""
     val_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the images, by a hash of their ids, that goes to a dataset `val` beside `train`, both under `output`."""
+    regions: RegionColumnsConfig = RegionColumnsConfig()
+    """Columns of region masks beside the images, for objectives that contrast regions."""
     overwrite: bool = False
     """Whether another dataset at `output` may be replaced."""
 
     def describe(self) -> dict[str, Any]:
         """What the manifest keeps: all that decides the dataset's bytes, without paths."""
         names = ("seed", "rows_per_shard", "row_group_bytes", "short_side", "quality", "max_pixels", "val_share")
-        return {name: getattr(self, name) for name in names}
+        described = {name: getattr(self, name) for name in names}
+        if self.regions.columns:
+            regions = {name: block for name, block in to_dict(self.regions).items() if block is not None}
+            regions.get("panoptic", {}).pop("masks", None)
+            described["regions"] = regions
+        return described
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +210,7 @@ def write_shard(
     *,
     read: Callable[[str], bytes],
     build: BuildConfig,
+    read_regions: Callable[[str], bytes] | None = None,
     excluded: frozenset[str] = frozenset(),
     threads: int = 1,
     tick: Callable[[int], None] = lambda images: None,
@@ -201,7 +218,7 @@ def write_shard(
     """Write one shard of `rows` (`LISTING_SCHEMA`, in this order) to `sink`.
 
     Args:
-        read: bytes of a location.
+        read: bytes of a location. read_regions: bytes of the foreign column of masks there.
         excluded: paths that hold the same bytes as an image elsewhere.
         threads: how many images are prepared side by side.
         tick: told of each image that is done.
@@ -215,7 +232,7 @@ def write_shard(
 
     def prepare(row: dict[str, Any]) -> "_Prepared | Reject":
         try:
-            return _prepare(row, read, build, excluded)
+            return _prepare(row, read, read_regions, build, excluded)
         except Reject as reject:
             return reject
 
@@ -224,7 +241,7 @@ def write_shard(
         ThreadPoolExecutor(threads) as pool,
         pq.ParquetWriter(
             pa.PythonFile(hashing, mode="w"),
-            _stored_schema(),
+            stored_schema(build.regions.columns),
             compression="NONE",
             use_dictionary=["label"],
             write_statistics=False,
@@ -234,7 +251,7 @@ def write_shard(
         ) as writer,
     ):
         prepared = _map_ahead(pool, prepare, listed, 4 * threads)
-        for group in _row_groups(rows, prepared, build.row_group_bytes, written, tick):
+        for group in _row_groups(rows, prepared, build, written, tick):
             writer.write_table(group, row_group_size=len(group))
     return ShardResult(
         size=hashing.size,
@@ -277,10 +294,11 @@ class _Prepared:
 def _row_groups(
     rows: pa.Table,
     prepared: Iterator["_Prepared | Reject"],
-    row_group_bytes: int,
+    build: BuildConfig,
     written: _Written,
     tick: Callable[[int], None],
 ) -> Iterator[pa.Table]:
+    schema = stored_schema(build.regions.columns)
     group: list[dict[str, Any]] = []
     size = 0
     ids = zip(rows["path"].to_pylist(), rows["image_id"].to_pylist(), strict=True)
@@ -294,15 +312,19 @@ def _row_groups(
         written.statistics.add(item.statistics)
         group.append(item.row)
         size += item.size
-        if size >= row_group_bytes:
-            yield pa.Table.from_pylist(group, schema=_stored_schema())
+        if size >= build.row_group_bytes:
+            yield pa.Table.from_pylist(group, schema=schema)
             group, size = [], 0
     if group:
-        yield pa.Table.from_pylist(group, schema=_stored_schema())
+        yield pa.Table.from_pylist(group, schema=schema)
 
 
 def _prepare(
-    row: Mapping[str, Any], read: Callable[[str], bytes], build: BuildConfig, excluded: frozenset[str]
+    row: Mapping[str, Any],
+    read: Callable[[str], bytes],
+    read_regions: Callable[[str], bytes] | None,
+    build: BuildConfig,
+    excluded: frozenset[str],
 ) -> _Prepared:
     if row["path"] in excluded:
         raise Reject("duplicate")
@@ -331,9 +353,29 @@ def _prepare(
         "label": row["label"],
         "objects": _scaled(row["objects"], scale),
     }
+    if build.regions.columns:
+        stored |= _region_columns(row, image, (height, width), read_regions, build.regions)
     return _Prepared(
         row=stored, digest=digest, size=len(data), statistics=_statistics(image, (height, width), len(data))
     )
+
+
+def _region_columns(
+    row: Mapping[str, Any],
+    image: Tensor,
+    stored_hw: tuple[int, int],
+    read_regions: Callable[[str], bytes] | None,
+    regions: RegionColumnsConfig,
+) -> dict[str, Any]:
+    try:
+        read_column = None if read_regions is None else functools.partial(read_regions, row["location"])
+        found = compute_regions(image, row["path"], regions, read_column)
+    except (OSError, RegionsError) as error:
+        raise Reject(f"regions: {error}") from None
+    return {
+        PREFIX + name: None if ids is None else {"bytes": encode_regions(resize_regions(ids, stored_hw)), "path": None}
+        for name, ids in found.items()
+    }
 
 
 def _statistics(image: Tensor, stored_hw: tuple[int, int], num_bytes: int) -> ShardStatistics:
@@ -382,8 +424,13 @@ def _scaled(objects: list[dict[str, Any]] | None, scale: float) -> list[dict[str
     return [{**item, "bbox": [scale * side for side in item["bbox"]]} for item in objects]
 
 
-def _stored_schema() -> pa.Schema:
-    return SHARD_SCHEMA.with_metadata({"huggingface": json.dumps({"info": {"features": _FEATURES}})})
+def stored_schema(regions: Iterable[str] = ()) -> pa.Schema:
+    """A shard's columns, with those of `regions`, and what Hugging Face's readers want to know of them."""
+    schema, features = SHARD_SCHEMA, dict(_FEATURES)
+    for name in regions:
+        schema = schema.append(pa.field(PREFIX + name, SHARD_SCHEMA.field("image").type))
+        features[PREFIX + name] = {"_type": "Image"}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def _extents(metadata: pq.FileMetaData) -> Iterator[tuple[int, int, int]]:

@@ -144,6 +144,18 @@ def source_reader(source: AnySource) -> Callable[[str], bytes]:
     return lambda location: read_bytes(filesystem, location)
 
 
+def column_reader(source: AnySource, column: str) -> Callable[[str], bytes]:
+    """What fetches another column of binaries at a listing's location.
+
+    Raises:
+        DataError: the source is no Parquet.
+    """
+    if not isinstance(source, ParquetSourceConfig):
+        raise DataError(f"regions.column: a {source.kind} source has no columns; use --source parquet")
+    filesystem, _ = resolve_uri(source.inputs[0])
+    return ParquetRows(filesystem, column).read
+
+
 def _table(rows: Iterable[Row]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=LISTING_SCHEMA)
 

@@ -37,6 +37,8 @@ class JitterConfig:
 class ViewsConfig:
     """How an image becomes a full view and its crops (arXiv 2402.13465, section 3)."""
 
+    kind: Literal["crops"] = "crops"
+    """Which views; those of anchor_ntxent."""
     full_size: Annotated[int, Field(ge=32, multiple_of=32)] = 128
     """Side of the square full view, pixels; the image is stretched to it."""
     crop_size: Annotated[int, Field(ge=16)] = 64
@@ -56,6 +58,16 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ConfigError(f"views.crop_scale: expected 0 < least <= largest, given {list(self.crop_scale)}")
+
+    @property
+    def regions_column(self) -> None:
+        """Crops need no regions."""
+        return None
+
+    @property
+    def views_per_image(self) -> int:
+        """Pictures of each image that go through a trunk."""
+        return 1 + self.crops_per_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +101,16 @@ def render_views(batch: ImageBatch, settings: ViewsConfig, *, keys: Tensor, stre
     images = batch.images.to(torch.float32).div_(255.0)
     content = batch.content_hw.to(torch.float32)
     zero = torch.zeros_like(content[:, :1])
-    full = _resample(
+    full = resample(
         images,
-        _axis_weights(zero, content[:, :1], full_flips[:, None, 1], images.shape[2], size),
-        _axis_weights(zero, content[:, 1:], full_flips[:, None, 0], images.shape[3], size),
+        axis_weights(zero, content[:, :1], full_flips[:, None, 1], images.shape[2], size),
+        axis_weights(zero, content[:, 1:], full_flips[:, None, 0], images.shape[3], size),
     )[:, 0]
     square = torch.maximum(placement.width, placement.height) if settings.crop_fit == "pad" else None
-    crops = _resample(
+    crops = resample(
         images,
-        _axis_weights(placement.top, placement.height, crop_flips[..., 1], images.shape[2], settings.crop_size, square),
-        _axis_weights(placement.left, placement.width, crop_flips[..., 0], images.shape[3], settings.crop_size, square),
+        axis_weights(placement.top, placement.height, crop_flips[..., 1], images.shape[2], settings.crop_size, square),
+        axis_weights(placement.left, placement.width, crop_flips[..., 0], images.shape[3], settings.crop_size, square),
     )
     crops = jitter_colours(crops, per_crop[..., 6:12], settings.jitter)
     return Views(
@@ -139,7 +151,7 @@ def _boxes_in_full_view(placement: _Placement, content: Tensor, full_flips: Tens
     return torch.stack([x0, y0, x1, y1], dim=-1).clamp(0, size)
 
 
-def _axis_weights(
+def axis_weights(
     start: Tensor, length: Tensor, flip: Tensor, source: int, target: int, span: Tensor | None = None
 ) -> Tensor:
     """Weights (B, K, target, source) that resample [start, start + length) of one axis to `target` pixels.
@@ -164,7 +176,7 @@ def _axis_weights(
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6) * inside[..., None]
 
 
-def _resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(B, 3, H, W) by rows (B, K, h, H) and columns (B, K, w, W) to (B, K, 3, h, w)."""
     b, channels, height, width = images.shape
     k, h = rows.shape[1], rows.shape[2]
@@ -182,9 +194,9 @@ def crop_boxes(images: Tensor, boxes_xyxy: Tensor, size: int) -> Tensor:
     """
     box = boxes_xyxy.float()[:, None].to(images.device)
     upright = torch.zeros_like(box[..., 0], dtype=torch.bool)
-    rows = _axis_weights(box[..., 1], box[..., 3] - box[..., 1], upright, images.shape[2], size)
-    columns = _axis_weights(box[..., 0], box[..., 2] - box[..., 0], upright, images.shape[3], size)
-    return _resample(images.to(torch.float32).div_(255.0), rows, columns)[:, 0]
+    rows = axis_weights(box[..., 1], box[..., 3] - box[..., 1], upright, images.shape[2], size)
+    columns = axis_weights(box[..., 0], box[..., 2] - box[..., 0], upright, images.shape[3], size)
+    return resample(images.to(torch.float32).div_(255.0), rows, columns)[:, 0]
 
 
 def jitter_colours(crops: Tensor, draws: Tensor, settings: JitterConfig) -> Tensor:
@@ -199,24 +211,24 @@ def jitter_colours(crops: Tensor, draws: Tensor, settings: JitterConfig) -> Tens
     strengths = draws.new_tensor([settings.brightness, settings.contrast, settings.saturation, 2 * settings.hue])
     factors = (1 + (2 * draws[..., 1:5] - 1) * strengths)[..., None, None, None]
     jittered = (crops * factors[:, :, 0]).clamp_(0, 1)
-    mean = _grey(jittered).mean((-3, -2, -1), keepdim=True)
+    mean = grey(jittered).mean((-3, -2, -1), keepdim=True)
     jittered = torch.lerp(mean, jittered, factors[:, :, 1]).clamp_(0, 1)
-    jittered = torch.lerp(_grey(jittered), jittered, factors[:, :, 2]).clamp_(0, 1)
+    jittered = torch.lerp(grey(jittered), jittered, factors[:, :, 2]).clamp_(0, 1)
     if settings.hue > 0:
         jittered = _rotate_hue(jittered, (factors[:, :, 3] - 1) * torch.pi).clamp_(0, 1)
     to_grey = (draws[..., 5] < settings.grey)[..., None, None, None]
-    jittered = torch.where(to_grey, _grey(jittered), jittered)
+    jittered = torch.where(to_grey, grey(jittered), jittered)
     return torch.where((draws[..., 0] < settings.share)[..., None, None, None], jittered, crops)
 
 
-def _grey(images: Tensor) -> Tensor:
+def grey(images: Tensor) -> Tensor:
     red, green, blue = images.unbind(-3)
     return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).unsqueeze(-3)
 
 
 def _rotate_hue(images: Tensor, angle: Tensor) -> Tensor:
     """Rotate chroma by `angle` radians in the YIQ plane: hue changes, luma does not; linear, unlike a trip through HSV."""
-    luma = _grey(images).squeeze(-3)
+    luma = grey(images).squeeze(-3)
     red, green, blue = images.unbind(-3)
     i = 0.595716 * red - 0.274453 * green - 0.321263 * blue
     q = 0.211456 * red - 0.522591 * green + 0.311135 * blue

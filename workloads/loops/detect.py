@@ -22,7 +22,8 @@ from workloads.metrics.average_precision import (
     encode_masks,
     gather_table,
 )
-from workloads.models.detector import IMAGENET_MEAN, IMAGENET_STD, Detector
+from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from workloads.models.detector import Detector
 from workloads.reports.detections import draw_detections
 from workloads.runtime import Runtime, new_folder
 from workloads.types import Detections, ImageBatch
@@ -84,15 +85,16 @@ class DetectionEvaluation:
         began = time.perf_counter()
         table, forward_s = self._detect(detector)
         measured = self._measure(gather_table(table), with_masks=table.masks is not None)
-        figures = {f"eval/{name}": value for name, value in measured.items()}
+        # A figure that no object asks for, as of small objects where there are none, is left out.
+        figures = {f"eval/{name}": value for name, value in measured.items() if np.isfinite(value)}
         figures["eval/images"] = float(len(self._counted))
-        figures["eval/forward_share"] = forward_s / max(time.perf_counter() - began, 1e-9)
+        figures["speed/forward_share"] = forward_s / max(time.perf_counter() - began, 1e-9)
         folder = None
         if self.runtime.rank == 0 and report:
             folder = new_folder()
             self._write_artifacts(folder, detector, figures, step)
         if report:
-            self.runtime.report({k: v for k, v in figures.items() if np.isfinite(v)}, step=step, artifacts=folder)
+            self.runtime.report(figures, step=step, artifacts=folder)
         return figures
 
     def _detect(self, detector: Detector) -> tuple[DetectionTable, float]:
@@ -164,7 +166,7 @@ class DetectionEvaluation:
         (folder / "report").mkdir(parents=True)
         record = {
             "step": step,
-            "figures": {k: v for k, v in figures.items() if np.isfinite(v)},
+            "figures": dict(figures),
             "categories": list(self.labels),
             "dataset_manifest_sha256": self.dataset.manifest.sha256,
         }
@@ -181,7 +183,11 @@ class DetectionEvaluation:
                 pixels = batch.images[row, :, :height, :width].permute(1, 2, 0).numpy()
                 shown.append((pixels, found, self._objects[self._ids[place]]))
         names = {label: name for name, label in self.labels.items()}
-        title = f"step {step}:  AP50 {100 * figures['eval/ap50']:.1f} %   AP {100 * figures['eval/ap']:.1f} %"
+        title = f"step {step}:  " + "   ".join(
+            f"{name} {100 * figures[key]:.1f} %"
+            for name, key in (("AP50", "eval/ap50"), ("AP", "eval/ap"))
+            if key in figures
+        )
         draw_detections(shown, names, folder / "detections" / f"step_{step:07d}.png", title=title)
 
 

@@ -7,16 +7,16 @@ processes may work, be killed and begin again: at the end every image is there e
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow.fs as pafs
 import torch
 from pydantic import Field, PositiveInt
 
-from workloads.checkpoint import read_meta
+from workloads import spec, trunks
+from workloads.checkpoint import CheckpointError, read_meta
 from workloads.config import ConfigError, config, to_dict
-from workloads.data.filesystems import read_bytes, resolve_uri
+from workloads.data.filesystems import DataError, read_bytes, resolve_uri
 from workloads.data.manifest import open_dataset
 from workloads.discovery.baselines import CentreConfig, ClsAttentionConfig, FelzenszwalbConfig
 from workloads.discovery.clustering import ClustersConfig
@@ -24,9 +24,10 @@ from workloads.discovery.lost import LostConfig
 from workloads.discovery.pseudo_boxes import read_boxes
 from workloads.discovery.tokencut import TokenCutConfig
 from workloads.metrics.corloc import CorLocConfig
+from workloads.models import backbone
 from workloads.models.backbone import BackboneConfig, Trunk
 from workloads.models.vit import VitConfig, VitTrunk
-from workloads.spec import load_model
+from workloads.trunks import CheckpointTrunkConfig, SupervisedTrunkConfig
 
 Method = Literal["lost", "tokencut", "cls_attention", "whole", "centre", "random", "felzenszwalb", "file", "detector"]
 NEEDS_TRUNK: tuple[Method, ...] = ("lost", "tokencut", "cls_attention")
@@ -36,10 +37,10 @@ RECORD = "figures.json"
 
 
 @config
-class ResnetTrunkConfig:
-    """A ResNet without this project's training: random, or torchvision's ImageNet weights."""
+class UntrainedTrunkConfig:
+    """Random weights, from the seed: the row that has learnt nothing."""
 
-    kind: Literal["resnet"] = "resnet"
+    kind: Literal["random"] = "random"
     """Which trunk."""
     backbone: BackboneConfig = BackboneConfig()
 
@@ -53,14 +54,7 @@ class VitTrunkConfig:
     vit: VitConfig = VitConfig()
 
 
-@config
-class CheckpointTrunkConfig:
-    """The trunk of a run of this project."""
-
-    kind: Literal["checkpoint"] = "checkpoint"
-    """Which trunk."""
-    uri: str
-    """A checkpoint's folder (RUN/checkpoints/step_…)."""
+AnyDiscoveryTrunk = UntrainedTrunkConfig | CheckpointTrunkConfig | SupervisedTrunkConfig | VitTrunkConfig
 
 
 @config
@@ -85,9 +79,8 @@ class DiscoverConfig:
     """Dataset made by `orchestrator data build`, a folder or s3:// address."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("lost",)
     """Ways to find one box an image; the first one's are clustered, and its figures are the headline."""
-    trunk: Annotated[ResnetTrunkConfig | VitTrunkConfig | CheckpointTrunkConfig, Field(discriminator="kind")] = (
-        VitTrunkConfig()
-    )
+    trunk: Annotated[AnyDiscoveryTrunk, Field(discriminator="kind")] | None = None
+    """Needed by lost, tokencut, cls_attention and the clusters."""
     stride: Literal[8, 16, 32] = 16
     """Pixels between the cells of a ResNet's last map; less than 32 by dilation. A transformer has its patch's."""
     long_side: PositiveInt | None = None
@@ -127,8 +120,8 @@ class DiscoverConfig:
             raise ConfigError("detector: goes together with the method detector")
         if self.methods[0] == "detector" and self.clusters.count is not None:
             raise ConfigError("clusters.count: a detector's boxes are not clustered; choose another first method")
-        if "cls_attention" in self.methods and self.trunk.kind == "resnet":
-            raise ConfigError("methods: cls_attention needs a transformer; choose trunk.kind=vit")
+        if self.uses_trunk and self.trunk is None:
+            raise ConfigError("trunk.kind: say whose features: checkpoint (of a run), vit, supervised, or random")
 
     @property
     def uses_trunk(self) -> bool:
@@ -140,24 +133,32 @@ def make_trunk(settings: DiscoverConfig) -> Trunk | VitTrunk:
     """The trunk, in eval mode; random weights are those of the seed.
 
     Raises:
-        ConfigError: weights that cannot be had. CheckpointError: no checkpoint, or a damaged one.
+        ConfigError: weights that cannot be had, or a ResNet where CLS attention is asked for.
     """
     state = torch.get_rng_state()
     torch.manual_seed(settings.seed)
     try:
-        match settings.trunk:
-            case ResnetTrunkConfig():
-                return Trunk(settings.trunk.backbone).eval()
-            case VitTrunkConfig():
-                return VitTrunk(settings.trunk.vit).eval()
-            case CheckpointTrunkConfig():
-                model, _ = load_model(Path(settings.trunk.uri))
-                trunk = getattr(model, "trunk", None)
-                if not isinstance(trunk, (Trunk, VitTrunk)):
-                    raise ConfigError(f"trunk.uri: {settings.trunk.uri} holds no trunk")
-                return trunk.eval()
+        trunk = _trunk_of(settings.trunk).eval()
+    except (CheckpointError, DataError, OSError) as error:
+        raise ConfigError(f"trunk: {' '.join(str(error).split())}") from None
     finally:
         torch.set_rng_state(state)
+    if "cls_attention" in settings.methods and not isinstance(trunk, VitTrunk):
+        raise ConfigError("methods: cls_attention needs a transformer, and this trunk is a ResNet")
+    return trunk
+
+
+def _trunk_of(settings: AnyDiscoveryTrunk | None) -> Trunk | VitTrunk:
+    match settings:
+        case UntrainedTrunkConfig():
+            return backbone.make_trunk(settings.backbone)
+        case CheckpointTrunkConfig():
+            return spec.load_trunk(settings.uri)
+        case SupervisedTrunkConfig():
+            return trunks.make_trunk(settings)
+        case VitTrunkConfig():
+            return VitTrunk(settings.vit)
+    raise ConfigError("trunk.kind: say whose features are to be looked at")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +245,15 @@ def _weights_digest(settings: DiscoverConfig) -> str:
             checkpoints.append(uri)
         case VitTrunkConfig(vit=vit) if settings.uses_trunk and vit.weights not in ("none", "timm"):
             files.append(vit.weights)
-    return " ".join([*(read_meta(uri).state_sha256 for uri in checkpoints), _digest(files)])
+    return " ".join([*map(_state_digest, checkpoints), _digest(files)])
+
+
+def _state_digest(checkpoint: str) -> str:
+    try:
+        filesystem, folder = resolve_uri(checkpoint)
+        return read_meta(folder, filesystem).state_sha256
+    except (CheckpointError, DataError, OSError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
 def _digest(files: list[str]) -> str:

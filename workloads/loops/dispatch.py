@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from workloads.config import ConfigError, apply_overrides, build, read_yaml
-from workloads.loops.finetune import FinetuneConfig, finetune
+from workloads.loops.evaluate import evaluate
+from workloads.loops.finetune import FinetuneConfig, evaluate_detector, finetune
 from workloads.loops.finetune import preflight as finetune_preflight
 from workloads.loops.pretrain import Preflight, pretrain
 from workloads.loops.pretrain import preflight as pretrain_preflight
@@ -74,3 +75,12 @@ def run_loop(settings: LoopConfig, runtime: Runtime) -> dict[str, float]:
             return pretrain(settings, runtime)
         case FinetuneConfig():
             return finetune(settings, runtime)
+
+
+def evaluate_loop(checkpoint: Path, settings: LoopConfig, runtime: Runtime) -> dict[str, float]:
+    """Measure a checkpoint as the `evaluation` section of `settings` says, and report it at its step."""
+    match settings:
+        case PretrainConfig():
+            return evaluate(checkpoint, config=settings.evaluation, runtime=runtime)
+        case FinetuneConfig():
+            return evaluate_detector(str(checkpoint), settings=settings.evaluation, runtime=runtime)

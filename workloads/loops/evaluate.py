@@ -1,19 +1,25 @@
-"""Evaluation of the frozen grid-accuracy suites over a dataset, exact over any number of ranks."""
+"""Evaluation by the frozen protocols, exact over any number of ranks: grid accuracy, and what frozen features know."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from workloads.checkpoint import read_meta
-from workloads.config import config_hash, to_dict
+from workloads.config import ConfigError, config_hash, to_dict
 from workloads.data.manifest import Dataset, open_dataset
-from workloads.data.reader import DataConfig, EvalLoader
+from workloads.data.random import text_keys
+from workloads.data.reader import DataConfig, EvalLoader, read_annotations
 from workloads.distributed import gather_rows
-from workloads.metrics import grid_accuracy
+from workloads.metrics import grid_accuracy, representation
 from workloads.metrics.grid_accuracy import SUITES, GridModel
+from workloads.metrics.representation import Features, RepresentationConfig, Split
+from workloads.models.backbone import imagenet_normalized
+from workloads.objectives.anchor_ntxent import AnchorNTXentConfig
 from workloads.reports.heatmaps import draw_heatmaps
 from workloads.runtime import Runtime, new_folder
 from workloads.spec import EvaluationConfig, PretrainConfig, build_objective, load_model
@@ -26,26 +32,15 @@ class GridEvaluation:
     def __init__(self, run: PretrainConfig, evaluation: EvaluationConfig, dataset: Dataset, runtime: Runtime) -> None:
         self.run_settings, self.settings, self.dataset, self.runtime = run, evaluation, dataset, runtime
 
-    @classmethod
-    def of(cls, run: PretrainConfig, runtime: Runtime) -> "GridEvaluation | None":
-        """The evaluation that `run` asks for, or None.
-
-        Raises:
-            DataError: no dataset there.
-        """
-        if run.evaluation.uri is None:
-            return None
-        return cls(run, run.evaluation, open_dataset(run.evaluation.uri), runtime)
-
-    def run(self, model: torch.nn.Module, *, step: int, untrained: bool) -> dict[str, float]:
+    def run(self, model: torch.nn.Module, *, step: int, final: bool) -> dict[str, float]:
         """Measure `model` and report its figures at `step`, with tables and heatmaps as artifacts.
 
         Args:
-            untrained: whether RIGA, and so GAP-R, are measured too; they cost as much again for each untrained network.
+            final: whether RIGA, and so GAP-R, are measured too; they cost as much again for each untrained network.
         """
         protocol = self.settings.protocol
         model.eval()
-        networks = self._untrained() if untrained else []
+        networks = self._untrained() if final else []
         mine = grid_accuracy.measure(model, networks, lambda: self._batches(), protocol)  # type: ignore[arg-type]
         tables = grid_accuracy.merge([_gathered(mine)])
         figures = grid_accuracy.summarize(tables, protocol)
@@ -62,7 +57,8 @@ class GridEvaluation:
         state = torch.get_rng_state()
         for i in range(self.settings.protocol.untrained_networks):
             torch.manual_seed(self.settings.protocol.seed + i)
-            networks.append(build_objective(self.run_settings, seed=0).eval().to(self.runtime.device))
+            network: Any = build_objective(self.run_settings, seed=0).eval().to(self.runtime.device)
+            networks.append(network)
         torch.set_rng_state(state)
         return networks
 
@@ -135,21 +131,143 @@ def _gathered(tables: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, n
     }
 
 
+class RepresentationEvaluation:
+    """Nearest neighbours and a linear probe on a trunk's frozen features, reported through the runtime by every rank alike."""
+
+    def __init__(self, evaluation: EvaluationConfig, settings: RepresentationConfig, runtime: Runtime) -> None:
+        self.settings, self.runtime = settings, runtime
+        self._batch_size = evaluation.batch_size
+        self._train, self._test, self.split = self.check(settings)
+
+    @staticmethod
+    def check(settings: RepresentationConfig) -> tuple[Dataset, Dataset, Split]:
+        """The datasets to learn from and to tell apart, and which of their images.
+
+        Raises:
+            ConfigError: nothing can be told apart there.
+            DataError: no dataset there.
+        """
+        train = open_dataset(settings.train_uri)
+        test = open_dataset(settings.test_uri) if settings.test_uri is not None else None
+        split = representation.choose_split(_labels(train), _labels(test) if test is not None else None, settings)
+        if len(split.classes) < 2 or not split.test:
+            raise ConfigError(
+                f"evaluation.representation.train_uri: {settings.train_uri} has {len(split.classes)} classes and leaves "
+                f"{len(split.test)} images to tell apart; give a dataset with labels, or a test_uri"
+            )
+        return train, train if test is None else test, split
+
+    def run(self, model: torch.nn.Module, *, step: int, final: bool) -> dict[str, float]:
+        """Measure `model.trunk` and report its figures at `step`, with each test image's hits as an artifact.
+
+        Args:
+            final: whether the linear probe is trained, too.
+
+        Returns:
+            The figures on rank 0; nothing elsewhere.
+        """
+        model.eval()
+        trunk: Any = model.trunk
+        train, train_labels = self._features(trunk, self._train, self.split.train)
+        test, test_labels = self._features(trunk, self._test, self.split.test)
+        figures: dict[str, float] = {}
+        folder = None
+        if self.runtime.rank == 0:
+            linear = final and self.settings.linear
+            figures, hits = representation.measure(train, train_labels, test, test_labels, self.settings, linear=linear)
+            folder = new_folder()
+            (folder / "report").mkdir(parents=True)
+            np.savez_compressed(folder / "report" / f"representation_step_{step:07d}.npz", **hits)  # type: ignore[arg-type]
+        self.runtime.report(figures, step=step, artifacts=folder)
+        return figures
+
+    def _features(self, trunk: Any, dataset: Dataset, wanted: dict[str, int]) -> tuple[Features, np.ndarray]:
+        """Of all ranks' images, ordered by their hashes, so that figures do not depend on how images were shared out."""
+        loader = EvalLoader(
+            dataset,
+            DataConfig(uri=dataset.uri, decode_size=None),
+            batch_size=self._batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            wanted=frozenset(wanted),
+        )
+        batches = (batch.to(self.runtime.device) for batch in loader)
+        mine = representation.extract(
+            lambda images: trunk.pooled(imagenet_normalized(images)), batches, frozenset(wanted), self.settings
+        )
+        joined = [
+            gather_rows(torch.from_numpy(x).to(self.runtime.device)) for x in (mine.trunk, mine.pixel, mine.image)
+        ]
+        order = joined[2].argsort()
+        vectors, pixels, images = (x[order].cpu().numpy() for x in joined)
+        by_hash = dict(zip(text_keys(tuple(wanted)).tolist(), wanted.values(), strict=True))
+        labels = np.array([by_hash[image] for image in images.tolist()], dtype=np.int64)
+        return Features(trunk=vectors, pixel=pixels, image=images), labels
+
+
+def _labels(dataset: Dataset) -> dict[str, str | None]:
+    return {image: found.label for image, found in read_annotations(dataset).items()}
+
+
+Evaluation: TypeAlias = GridEvaluation | RepresentationEvaluation
+
+
+def evaluations_of(run: PretrainConfig, runtime: Runtime) -> list[Evaluation]:
+    """What `run` asks to be measured.
+
+    Raises:
+        ConfigError: nothing can be told apart there.
+        DataError: no dataset there.
+    """
+    wanted, found = run.evaluation, list[Evaluation]()
+    if wanted.uri is not None:
+        found.append(GridEvaluation(run, wanted, open_dataset(wanted.uri), runtime))
+    if wanted.representation is not None:
+        found.append(RepresentationEvaluation(wanted, wanted.representation, runtime))
+    return found
+
+
 def evaluate(
     checkpoint: Path,
     *,
-    uri: str,
     config: EvaluationConfig,
     runtime: Runtime,
 ) -> dict[str, float]:
-    """Measure a checkpoint on the dataset at `uri`, RIGA and GAP-R included, and report it at the checkpoint's step.
+    """Measure a checkpoint by all that `config` asks for, RIGA, GAP-R and the linear probe included, and report it at its step.
 
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
+        ConfigError: its objective has no pyramid to measure, or nothing is asked for.
         DataError: no dataset there.
     """
-    dataset = open_dataset(uri)
-    model, run = load_model(checkpoint, device=runtime.device)
-    return GridEvaluation(run, config, dataset, runtime).run(
-        model, step=read_meta(str(checkpoint)).step, untrained=True
-    )
+    model, trained = load_model(checkpoint, device=runtime.device)
+    run = replace(trained, evaluation=config)
+    check_measurable(run)
+    evaluations = evaluations_of(run, runtime)
+    if not evaluations:
+        raise ConfigError("evaluation.uri: name a dataset to evaluate on, or evaluation.representation.train_uri")
+    step = read_meta(str(checkpoint)).step
+    figures: dict[str, float] = {}
+    for evaluation in evaluations:
+        figures |= evaluation.run(model, step=step, final=True)
+    return figures
+
+
+def check_measurable(run: PretrainConfig) -> None:
+    """See that grid accuracy is asked only of what has a pyramid, and of levels that it trains.
+
+    Raises:
+        ConfigError: names the key and what to do.
+    """
+    if run.evaluation.uri is None:
+        return
+    if not isinstance(run.objective, AnchorNTXentConfig):
+        raise ConfigError(
+            f"evaluation.uri: {run.objective.kind} trains no pyramid, so there is no SGA; leave it out, and train a pyramid "
+            "on the frozen trunk afterwards (experiment grid_probe)"
+        )
+    missing = set(run.evaluation.protocol.levels) - set(run.objective.levels)
+    if missing:
+        raise ConfigError(
+            f"evaluation.protocol.levels: {', '.join(sorted(missing))} is not trained; add it to objective.levels"
+        )

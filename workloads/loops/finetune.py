@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from workloads.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, take_snapshot
+from workloads.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, read_meta, take_snapshot
 from workloads.config import ConfigError, build, config, config_hash, parse_yaml, to_yaml
 from workloads.data.detection_views import DetectionViews, DetectionViewsConfig, make_detection_views
 from workloads.data.filesystems import DataError, read_bytes, resolve_uri
@@ -36,8 +36,8 @@ from workloads.loops.pretrain import (
     last_saved,
     resume_run,
 )
-from workloads.models.backbone import BackboneConfig, Trunk
-from workloads.models.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, DetectorConfig
+from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Trunk
+from workloads.models.detector import Detector, DetectorConfig
 from workloads.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
 from workloads.runtime import Runtime
 from workloads.trunks import RandomTrunkConfig, TrunkConfig, make_trunk
@@ -334,12 +334,34 @@ def _update(
 def _evaluation(settings: FinetuneConfig, labelled: _Labelled, runtime: Runtime) -> DetectionEvaluation | None:
     if settings.evaluation.uri is None:
         return None
+    return _evaluation_of(settings, settings.evaluation.uri, labelled.categories, runtime)
+
+
+def _evaluation_of(
+    settings: FinetuneConfig, uri: str, categories: tuple[str, ...], runtime: Runtime
+) -> DetectionEvaluation:
     return DetectionEvaluation(
         settings.evaluation,
-        open_dataset(settings.evaluation.uri),
-        views=dataclasses.replace(settings.views, horizontal_flip=0.0),
+        open_dataset(uri),
+        views=settings.views,
         reading=settings.data,
-        categories=labelled.categories,
+        categories=categories,
         class_agnostic=settings.class_agnostic,
         runtime=runtime,
     )
+
+
+def evaluate_detector(checkpoint: str, *, settings: DetectionEvaluationConfig, runtime: Runtime) -> dict[str, float]:
+    """Measure a fine-tuning run's checkpoint as `settings` say, and report it at its step.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        ConfigError: no dataset is named.
+        DataError: no dataset there.
+    """
+    if settings.uri is None:
+        raise ConfigError("evaluation.uri: name a dataset to evaluate on")
+    detector, trained = load_detector(checkpoint, device=runtime.device)
+    run = dataclasses.replace(trained, evaluation=settings)
+    evaluation = _evaluation_of(run, settings.uri, detector.categories, runtime)
+    return evaluation.run(detector, step=read_meta(checkpoint).step)

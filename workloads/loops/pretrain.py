@@ -16,14 +16,22 @@ from workloads.config import ConfigError, config_hash, to_yaml
 from workloads.data.ledger import Ledger
 from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import TrainLoader
+from workloads.data.row_groups import check_regions
 from workloads.data.sample_plan import SamplePlan
-from workloads.data.views import make_views
 from workloads.distributed import sum_over_ranks, wait_for_all
 from workloads.gradient_cache import backward_in_micro_batches
-from workloads.loops.evaluate import GridEvaluation
+from workloads.loops.evaluate import RepresentationEvaluation, check_measurable, evaluations_of
+from workloads.objectives.detco import DetCoConfig
 from workloads.optim import make_optimizer, rate_at
 from workloads.runtime import Runtime
-from workloads.spec import PretrainConfig, build_objective, load_initial_weights
+from workloads.spec import (
+    AnyObjective,
+    PretrainConfig,
+    build_objective,
+    load_initial_trunk,
+    load_initial_weights,
+    render_views,
+)
 from workloads.types import ImageBatch
 
 
@@ -64,14 +72,15 @@ def preflight(settings: PretrainConfig, world_size: int) -> Preflight:
             "backbone.norm: batch normalises over each worker's share, so another number of workers is another model; "
             "use group or sync_batch, or say allow_local_statistics=true"
         )
-    if settings.init_from is not None:
-        load_initial_weights(build_objective(settings), settings.init_from, device=torch.device("cpu"))
+    check_measurable(settings)
+    _check_queue(settings, dataset)
+    if settings.init_from is not None or settings.trunk_from is not None:
+        _start_from(build_objective(settings), settings)
     held_out = open_dataset(settings.evaluation.uri) if settings.evaluation.uri else None
-    missing = set(settings.evaluation.protocol.levels) - set(settings.objective.levels)
-    if held_out is not None and missing:
-        raise ConfigError(
-            f"evaluation.protocol.levels: {', '.join(sorted(missing))} is not trained; add it to objective.levels"
-        )
+    if settings.views.regions_column is not None:
+        check_regions(dataset, settings.views.regions_column)
+    if settings.evaluation.representation is not None:
+        RepresentationEvaluation.check(settings.evaluation.representation)
     return Preflight(
         manifest_sha256=dataset.manifest.sha256,
         config_sha256=config_hash(settings),
@@ -80,6 +89,24 @@ def preflight(settings: PretrainConfig, world_size: int) -> Preflight:
         lanes=plan.lanes,
         evaluation_manifest_sha256=held_out.manifest.sha256 if held_out else None,
     )
+
+
+def _start_from(objective: AnyObjective, settings: PretrainConfig) -> None:
+    if settings.init_from is not None:
+        load_initial_weights(objective, settings.init_from, device=torch.device("cpu"))
+    if settings.trunk_from is not None:
+        load_initial_trunk(objective, settings.trunk_from, device=torch.device("cpu"))
+
+
+def _check_queue(settings: PretrainConfig, dataset: Dataset) -> None:
+    if not isinstance(settings.objective, DetCoConfig):
+        return
+    most = dataset.num_images // 4 // settings.global_batch_size * settings.global_batch_size
+    if settings.objective.queue_size > most:
+        raise ConfigError(
+            f"objective.queue_size: {settings.objective.queue_size} keys are more than a quarter of the {dataset.num_images} "
+            f"images, which would be their own negatives; at most {most} here"
+        )
 
 
 def _open(settings: PretrainConfig) -> tuple[Dataset, SamplePlan]:
@@ -106,8 +133,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     dataset, plan = _open(settings)
     torch.manual_seed(settings.seed)
     objective = build_objective(settings)
-    if settings.init_from is not None:
-        load_initial_weights(objective, settings.init_from, device=torch.device("cpu"))
+    _start_from(objective, settings)
     if settings.channels_last:
         objective = objective.to(memory_format=torch.channels_last)
     model = runtime.prepare(objective)
@@ -116,21 +142,30 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     restored = resume_run(runtime, objective, optimizer, identity)
     step = restored.meta.step if restored is not None else 0
 
-    loader = TrainLoader(dataset, plan, settings.data, rank=runtime.rank, world_size=runtime.world_size)
-    evaluation = GridEvaluation.of(settings, runtime)
+    loader = TrainLoader(
+        dataset,
+        plan,
+        settings.data,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        regions=settings.views.regions_column,
+    )
+    evaluations = evaluations_of(settings, runtime)
     batches = loader.iterate(start_step=step)
     meter = Meter(loader)
     ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None
     figures: dict[str, float] = {}
     try:
-        if step == 0 and evaluation is not None and settings.evaluation.at_start:
-            figures = evaluation.run(objective, step=0, untrained=False)
+        if step == 0 and settings.evaluation.at_start:
+            for evaluation in evaluations:
+                figures |= evaluation.run(objective, step=0, final=False)
         model.train()
         meter.restart() if restored is None else meter.resume(restored.state["window"])
         while step < settings.steps:
             rate = settings.optimizer.lr * rate_at(step, settings.steps, settings.schedule)
             batch = next(batches)
             metrics = _update(model, objective, optimizer, batch, rate, settings, runtime.device)
+            objective.after_update(step, settings.steps)
             step += 1
             meter.add(batch, metrics, rate)
             if ledger is not None:
@@ -141,15 +176,16 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
             # Ranks must agree, which is waiting for each other: with several of them, where they wait anyway.
             request = runtime.request() if log or runtime.world_size == 1 else "go on"
             every = settings.evaluation.every_steps
-            evaluate = evaluation is not None and (last or (every is not None and step % every == 0))
+            evaluate = bool(evaluations) and (last or (every is not None and step % every == 0))
             save = last or evaluate or request != "go on" or is_due(step, settings, plan.steps_per_epoch)
             if log or save:
                 meter.check(step, last_saved(runtime))
                 meter.count_bad_rows()
             record = meter.flush(settings.global_batch_size) if log else {}
             runtime.progress(meter.line(), step=step, total_steps=settings.steps)
-            if evaluate and evaluation is not None:
-                figures |= evaluation.run(objective, step=step, untrained=last)
+            if evaluate:
+                for evaluation in evaluations:
+                    figures |= evaluation.run(objective, step=step, final=last)
                 model.train()
                 meter.restart_clock()
             if record:
@@ -210,7 +246,7 @@ def _update(
 ) -> dict[str, Tensor]:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    views = make_views(batch.to(device), settings.views, seed=settings.seed)
+    views = render_views(batch.to(device), settings)
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         if settings.micro_batch_size is None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from workloads.data.objects import Objects
+from workloads.distributed import gather_rows
+from workloads.metrics.bootstrap import interval
 
 FIGURES = (
     "ap",
@@ -65,8 +67,10 @@ def average_precision(table: DetectionTable, truth: Truth, *, resamples: int = 0
     figures = {name: float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
     figures = {name: value if value >= 0 else float("nan") for name, value in figures.items()}
     if resamples:
-        values = resampled_ap50(evaluation, len(truth.objects), resamples=resamples, seed=seed)
-        figures["ap50_low"], figures["ap50_high"] = (float(np.quantile(values, q)) for q in (0.025, 0.975))
+        low, high = interval(
+            lambda weights: resampled_ap50(evaluation, weights), len(truth.objects), seed=seed, resamples=resamples
+        )
+        figures |= {"ap50_low": low, "ap50_high": high}
     return figures
 
 
@@ -156,13 +160,13 @@ def encode_masks(masks: np.ndarray) -> list[bytes]:
     return [item["counts"] for item in mask.encode(columns)]
 
 
-def resampled_ap50(evaluation: Any, num_images: int, *, resamples: int, seed: int) -> np.ndarray:
-    """AP50 of `resamples` draws of the images with replacement, float64 (resamples,), from the matches already made.
+def resampled_ap50(evaluation: Any, weights: np.ndarray) -> np.ndarray:
+    """AP50 with each image counted as often as `weights` (R, images) say, float64 (R,), from the matches already made.
 
-    An image that is drawn twice has its objects and its detections twice; a category that is not drawn does not count.
+    An image that counts twice has its objects and its detections twice; a category that is not drawn does not count.
     """
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)  # (R, images)
+    drawn = weights.astype(np.int64)
+    resamples = len(drawn)
     per_category: dict[int, list[Any]] = {}
     for item in evaluation.evalImgs:
         if item is not None and item["aRng"] == evaluation.params.areaRng[0]:
@@ -200,8 +204,6 @@ def _ap50_of(items: Sequence[Any], drawn: np.ndarray, recalls: np.ndarray) -> tu
 
 def gather_table(table: DetectionTable) -> DetectionTable:
     """The rows of all ranks, in rank order; every rank gets the same."""
-    from workloads.distributed import gather_rows
-
     names = ("image", "boxes_xyxy", "scores", "labels")
     columns = {name: gather_rows(torch.from_numpy(getattr(table, name))).numpy() for name in names}
     masks = None

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from workloads.config import config
 from workloads.data.reader import Annotations
-from workloads.metrics.grid_accuracy import GridAccuracyConfig, interval, paired_difference
+from workloads.metrics.bootstrap import interval
 
 
 @config
@@ -40,11 +40,6 @@ class CorLocConfig:
         if not self.difficult:
             keep &= ~truth.difficult
         return truth.boxes_xyxy[keep].astype(np.float64)
-
-    @property
-    def resampling(self) -> GridAccuracyConfig:
-        """The bootstrap's seed and size, as `interval` takes them."""
-        return GridAccuracyConfig(seed=self.seed, bootstrap=self.bootstrap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +104,7 @@ def corloc_figures(hits: Hits, settings: CorLocConfig | None = None) -> dict[str
     n = len(hits.hit)
     if not n:
         return {"images": 0.0, "images_without_objects": float(hits.without_objects)}
-    low, high = interval(lambda weights: weights @ hits.hit / n, n, settings.resampling)
+    low, high = _interval(hits.hit, settings)
     return {
         "corloc": float(hits.hit.mean()),
         "corloc_low": low,
@@ -125,4 +120,11 @@ def corloc_gain(ours: Hits, theirs: Hits, settings: CorLocConfig | None = None) 
     settings = settings or CorLocConfig()
     if ours.image_ids != theirs.image_ids:
         raise ValueError("a paired difference needs hits of the same images")
-    return paired_difference(ours.hit[:, None], theirs.hit[:, None], settings.resampling)
+    difference = ours.hit.astype(np.float64) - theirs.hit
+    return (float(difference.mean()), *_interval(difference, settings))
+
+
+def _interval(values: np.ndarray, settings: CorLocConfig) -> tuple[float, float]:
+    """Of the mean of one value an image."""
+    n = len(values)
+    return interval(lambda weights: weights @ values / n, n, seed=settings.seed, resamples=settings.bootstrap)

@@ -19,6 +19,7 @@ from workloads.config import ConfigError, config
 from workloads.data.random import stream, text_keys
 from workloads.data.regions import cell_of, cells_inside, centers_inside, one_hot_cell
 from workloads.data.views import JitterConfig, ViewsConfig, render_views
+from workloads.metrics.bootstrap import interval, ratio
 from workloads.types import FeaturePyramid, ImageBatch, Views
 
 SUITES = ("plain", "photometric")
@@ -130,14 +131,20 @@ def pixel_maps(views: Views, window: int, grid: int) -> Tensor:
     Returns:
         float32 (B, K, grid, grid); the window stands on each cell's centre and is cut at the border.
     """
+    crops = torch.cat([views.crops.mean((-2, -1)), views.crops.square().mean((-2, -1))], dim=-1)
+    return colour_maps(views.full, crops, window, grid)
+
+
+def colour_maps(full: Tensor, colours: Tensor, window: int, grid: int) -> Tensor:
+    """As `pixel_maps`, from square views (B, 3, s, s) and queries (B, K, 6): their channels' means and mean squares."""
 
     def statistics(mean: Tensor, square: Tensor) -> Tensor:
         return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], dim=-1)
 
-    size = views.full.shape[-1]
-    centers = (torch.arange(grid, device=views.full.device) + 0.5) * (size / grid)
+    size = full.shape[-1]
+    centers = (torch.arange(grid, device=full.device) + 0.5) * (size / grid)
     edges = torch.stack([centers - window / 2, centers + window / 2]).round().long().clamp(0, size)
-    both = torch.cat([views.full, views.full.square()], dim=1).double()
+    both = torch.cat([full, full.square()], dim=1).double()
     summed = F.pad(both.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
     low, high = edges
     total = summed[..., high[:, None], high] - summed[..., low[:, None], high]
@@ -145,8 +152,7 @@ def pixel_maps(views: Views, window: int, grid: int) -> Tensor:
     area = (high - low)[:, None] * (high - low)
     mean, square = (total / area).float().permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)
     cells = statistics(mean, square)
-    crops = statistics(views.crops.mean((-2, -1)), views.crops.square().mean((-2, -1)))
-    return -torch.cdist(crops, cells).unflatten(-1, (grid, grid))
+    return -torch.cdist(statistics(*colours.chunk(2, dim=-1)), cells).unflatten(-1, (grid, grid))
 
 
 def score_batch(maps: dict[str, Tensor], views: Views) -> tuple[dict[str, Tensor], Tensor]:
@@ -233,28 +239,6 @@ def merge(parts: list[dict[str, dict[str, np.ndarray]]]) -> dict[str, dict[str, 
     return merged
 
 
-def interval(
-    statistic: Callable[[np.ndarray], np.ndarray], images: int, protocol: GridAccuracyConfig
-) -> tuple[float, float]:
-    """95 % bootstrap interval over images (the crops of one image are not independent).
-
-    Args:
-        statistic: maps weights (R, N), how often each image was drawn, to (R,).
-    """
-    generator = np.random.default_rng(protocol.seed)
-    weights = generator.multinomial(images, np.full(images, 1 / images), size=protocol.bootstrap).astype(np.float64)
-    low, high = np.nanpercentile(statistic(weights), [2.5, 97.5], method="nearest")
-    return float(low), float(high)
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (weights @ numerator) / (weights @ denominator)
-
-    return statistic
-
-
 def summarize(tables: dict[str, dict[str, np.ndarray]], protocol: GridAccuracyConfig) -> dict[str, float]:
     """Figures under their tracking keys; the plain suite's have no infix, the other's are `eval/photometric/…`.
 
@@ -271,27 +255,32 @@ def summarize(tables: dict[str, dict[str, np.ndarray]], protocol: GridAccuracyCo
     return figures
 
 
+def _interval(numerator: np.ndarray, denominator: np.ndarray, protocol: GridAccuracyConfig) -> tuple[float, float]:
+    images = len(numerator)
+    return interval(ratio(numerator, denominator), images, seed=protocol.seed, resamples=protocol.bootstrap)
+
+
 def _suite_figures(table: dict[str, np.ndarray], protocol: GridAccuracyConfig) -> dict[str, float]:
     per_image = {name: column.astype(np.float64).mean(1) for name, column in table.items() if name != "image"}
     n = len(per_image["sga"])
     one = np.ones(n)
     figures = {name: float(v.mean()) for name, v in per_image.items() if not name.startswith(("pixel_", "riga_"))}
     figures["images"] = float(n)
-    figures["sga_low"], figures["sga_high"] = interval(_ratio(per_image["sga"], one), n, protocol)
+    figures["sga_low"], figures["sga_high"] = _interval(per_image["sga"], one, protocol)
     best = max((name for name in per_image if name.startswith("pixel_")), key=lambda name: per_image[name].mean())
     figures["pixel"], figures["pixel_window"] = float(per_image[best].mean()), float(best.removeprefix("pixel_"))
     gain = per_image["sga"] - per_image[best]
     figures["gain"] = float(gain.mean())
-    figures["gain_low"], figures["gain_high"] = interval(_ratio(gain, one), n, protocol)
+    figures["gain_low"], figures["gain_high"] = _interval(gain, one, protocol)
     figures["over_chance"] = figures["sga"] / figures["chance"]
     untrained = [v for name, v in per_image.items() if name.startswith("riga_")]
     if untrained:
         riga = np.mean(untrained, axis=0)
         figures["riga"] = float(riga.mean())
-        figures["riga_low"], figures["riga_high"] = interval(_ratio(riga, one), n, protocol)
+        figures["riga_low"], figures["riga_high"] = _interval(riga, one, protocol)
         if riga.any():
             figures["gap_r"] = figures["sga"] / figures["riga"]
-            figures["gap_r_low"], figures["gap_r_high"] = interval(_ratio(per_image["sga"], riga), n, protocol)
+            figures["gap_r_low"], figures["gap_r_high"] = _interval(per_image["sga"], riga, protocol)
     return {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
@@ -300,5 +289,5 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, protocol: GridAccura
     if ours.shape != theirs.shape:
         raise ValueError(f"hits of the same crops are needed, given {ours.shape} and {theirs.shape}")
     difference = ours.astype(np.float64).mean(1) - theirs.astype(np.float64).mean(1)
-    low, high = interval(_ratio(difference, np.ones(len(difference))), len(difference), protocol)
+    low, high = _interval(difference, np.ones(len(difference)), protocol)
     return float(difference.mean()), low, high

@@ -1,7 +1,7 @@
-"""Backbones from torchvision, as a trunk that returns its four stages, and the norms they may be built with."""
+"""Backbones: torchvision's ResNets as a trunk that returns its four stages, timm's ViTs, and the norms they may be built with."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torchvision
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from workloads.config import config
 from workloads.distributed import sum_over_ranks, world_size
+
+if TYPE_CHECKING:
+    from workloads.models.vit import VitTrunk
 
 Norm = Literal["batch", "sync_batch", "group"]
 
@@ -26,31 +29,42 @@ STAGE_CHANNELS = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def imagenet_normalized(images: Tensor) -> Tensor:
-    """(B, 3, h, w) in [0, 1], RGB, less ImageNet's mean and divided by its standard deviation."""
-    mean, std = images.new_tensor(IMAGENET_MEAN), images.new_tensor(IMAGENET_STD)
-    return (images - mean[:, None, None]) / std[:, None, None]
-
-
 @config
 class BackboneConfig:
     """Which trunk, from where, with which norm."""
 
-    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    """Architecture, torchvision's."""
+    name: Literal["resnet18", "resnet34", "resnet50", "vit_tiny", "vit_small"] = "resnet18"
+    """Architecture: torchvision's ResNets, timm's ViTs with patches of 16 pixels (for objectives that need no pyramid)."""
     weights: Literal["none", "imagenet"] = "none"
     """Start from random weights or from torchvision's ImageNet weights (downloaded by torchvision; norm=batch only)."""
     norm: Norm = "batch"
-    """batch: statistics of this worker's share; sync_batch: of the global batch; group: none of either (32 groups)."""
+    """batch: statistics of this worker's share; sync_batch: of the global batch; group: none of either (32 groups). A ViT has
+    LayerNorm whatever this says, its objective's heads have this one."""
+    frozen: bool = False
+    """Train only what stands on the trunk, which stays as it was loaded; its norms use their running statistics."""
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether it is a vision transformer."""
+        return self.name.startswith("vit")
+
+
+def imagenet_normalized(images: Tensor) -> Tensor:
+    """(B, 3, h, w) in [0, 1] to what every trunk takes: ImageNet's statistics, so that supervised weights fit, in NHWC memory."""
+    # Channel by channel, because a tensor of three numbers would have to be copied to the device in every step.
+    channels = [(channel - m) / s for channel, m, s in zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation with the statistics of the global batch, on any device.
+    """Batch normalisation with the statistics of the global batch, on any device; takes (N, C) too.
 
     torch's SyncBatchNorm raises off the GPU; this one reduces (n, Σx, Σx²) with gradient, in float32 or wider.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 2:
+            return self.forward(input[..., None, None])[..., 0, 0]
         if not self.training or world_size() == 1:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -81,6 +95,17 @@ def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
             return lambda channels: nn.GroupNorm(min(32, channels), channels)
 
 
+def vector_norm(norm: Norm, channels: int) -> nn.Module:
+    """The norm of a head's hidden vectors (N, C); LayerNorm where the trunk has group normalisation."""
+    match norm:
+        case "batch":
+            return nn.BatchNorm1d(channels)
+        case "sync_batch":
+            return GlobalBatchNorm2d(channels)
+        case "group":
+            return nn.LayerNorm(channels)
+
+
 def embedding_norm(norm: Norm, channels: int) -> nn.BatchNorm2d:
     """Batch normalisation without scale and shift, over this worker's share or the global batch."""
     return (GlobalBatchNorm2d if norm == "sync_batch" else nn.BatchNorm2d)(channels, affine=False)
@@ -105,6 +130,21 @@ class Trunk(nn.Module):
         for left_out in STAGES[len(self.stages) :]:
             setattr(self.body, _LAYERS[left_out], nn.Identity())
         self.channels = STAGE_CHANNELS[settings.name][: len(self.stages)]
+        self.frozen = settings.frozen
+        self.requires_grad_(not self.frozen)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `pooled`."""
+        return self.channels[-1]
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """One vector an image, (B, num_features): the mean of the deepest stage."""
+        return self(images)[self.stages[-1]].mean((-2, -1))
+
+    def train(self, mode: bool = True) -> "Trunk":
+        """As every module's; a frozen trunk stays in eval mode."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor) -> dict[Stage, Tensor]:
         """(B, 3, h, w), normalised, to {"C2": (B, C, h/4, w/4), …, "C5": (B, C, h/32, w/32)}, as far as `deepest`."""
@@ -114,3 +154,12 @@ class Trunk(nn.Module):
         for stage in self.stages:
             x = found[stage] = getattr(body, _LAYERS[stage])(x)
         return found
+
+
+def make_trunk(settings: BackboneConfig) -> "Trunk | VitTrunk":
+    """The trunk that `settings` describe, freshly initialised from the global RNG."""
+    if not settings.is_vit:
+        return Trunk(settings)
+    from workloads.models.vit import VitConfig, VitTrunk  # timm, which only this needs
+
+    return VitTrunk(VitConfig(name=settings.name, weights="none"))

@@ -22,8 +22,6 @@ from workloads.distributed import averaged, global_mean
 from workloads.models.backbone import STAGES, GlobalBatchNorm2d, Stage, Trunk
 from workloads.types import Detections, StepResult
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 _LAYERS = ("layer4", "layer3", "layer2", "layer1", "conv1")  # as torchvision counts its trainable layers
 
 

@@ -2,15 +2,27 @@
 
 from torch import Tensor, nn
 
+from workloads.models.backbone import Norm, vector_norm
+
 
 class Projector(nn.Module):
-    """Linear–norm–ReLU–Linear."""
+    """Linear–norm–ReLU–Linear.
 
-    def __init__(self, channels: int, hidden: int, out_channels: int) -> None:
+    Args:
+        norm: of the hidden vectors; None is LayerNorm: a projector on a batch of one is defined, and no statistics leak
+            between workers.
+        bias: of the last layer.
+    """
+
+    def __init__(
+        self, channels: int, hidden: int, out_channels: int, *, norm: Norm | None = None, bias: bool = True
+    ) -> None:
         super().__init__()
-        # LayerNorm: a projector on a batch of one crop is defined, and no statistics leak between workers.
         self.layers = nn.Sequential(
-            nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out_channels)
+            nn.Linear(channels, hidden),
+            vector_norm(norm or "group", hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, out_channels, bias=bias),
         )
 
     def forward(self, features: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from workloads.config import ConfigError, config
 from workloads.data.random import stream, uniform
 from workloads.data.regions import cell_centers, cell_of, centers_inside, one_hot_cell
 from workloads.distributed import averaged, gather_rows, global_mean, row_counts
-from workloads.models.backbone import STAGES, BackboneConfig, Stage, Trunk, embedding_norm
+from workloads.models.backbone import STAGES, BackboneConfig, Stage, Trunk, embedding_norm, imagenet_normalized
 from workloads.models.fpn import STRIDES, Pyramid
 from workloads.models.heads import Projector
 from workloads.types import CropGeometry, FeaturePyramid, StepResult, Views
@@ -159,9 +159,6 @@ def anchor_ntxent_loss(
 class AnchorNTXent(nn.Module):
     """Both pipelines of the paper and their loss."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, settings: AnchorNTXentConfig, backbone: BackboneConfig, *, crop_size: int, seed: int) -> None:
         super().__init__()
         self.settings = settings
@@ -181,16 +178,10 @@ class AnchorNTXent(nn.Module):
         self.level_centers = nn.ModuleDict(
             {level: embedding_norm(backbone.norm, settings.projection_dim) for level in settings.levels if centers}
         )
-        # ImageNet's statistics, so that supervised weights can be loaded and exported trunks need nothing new.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-
-    def _normalize(self, images: Tensor) -> Tensor:
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def embed_grid(self, images: Tensor) -> FeaturePyramid:
         """Full views (B, 3, h, w) in [0, 1] to {level: (B, D, h/stride, w/stride)}."""
-        pyramid = self.pyramid(self.trunk(self._normalize(images)))
+        pyramid = self.pyramid(self.trunk(imagenet_normalized(images)))
         return {n: self.level_centers[n](level) if self.level_centers else level for n, level in pyramid.items()}
 
     def embed_crops(self, crops: Tensor) -> Tensor:
@@ -202,10 +193,13 @@ class AnchorNTXent(nn.Module):
 
     def _embed_crops(self, crops: Tensor) -> Tensor:
         trunk = self.trunk if self.crop_trunk is None else self.crop_trunk
-        stages = trunk(self._normalize(crops))
+        stages = trunk(imagenet_normalized(crops))
         pooled = [stages[stage].mean((-2, -1)) for stage in self.settings.crop_stages]
         embeddings = self.projector(torch.cat(pooled, dim=-1))
         return embeddings if self.crop_center is None else self.crop_center(embeddings[..., None, None]).flatten(1)
+
+    def after_update(self, step: int, steps: int) -> None:
+        """Nothing here changes but by gradient."""
 
     def forward(self, views: Views) -> StepResult:
         """The loss of this rank's views over the global batch, averaged over crops and levels."""

@@ -1,0 +1,175 @@
+"""DetCo (arXiv 2102.04803): the contrast of MoCo at four levels of the trunk, between whole views and sets of their patches.
+
+Its authors published no pretraining code. From the paper: global views and nine-patch local views; a global and a local head at
+each of res2 to res5, the local one over the concatenated features of the patches; MoCo's slowly following keys and a queue of
+65,536 for each level and kind; three contrasts a level (global to global, local to local, local query to global key); the
+levels' weights 0.1, 0.4, 0.7, 1.0; SGD, 0.03 at a batch of 256, cosine.
+
+Our choice, where the paper is silent or another fits better: heads are Linear–ReLU–Linear as in MoCo v2; the hidden width of the
+local heads is set apart from the global ones', because at res5 of a ResNet-50 nine patches are 18,432 features, and a
+hidden layer of 2,048 over them would hold 38 million weights, more than the trunk; patches get colour jitter and grey, no blur;
+keys that are no negatives yet (a queue that is not full) are left out instead of being random; statistics are kept from telling
+keys of this step from keys of the queue by `backbone.norm: sync_batch` or `group` rather than by shuffling batches.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from workloads.config import config
+from workloads.distributed import averaged, gather_rows, global_mean, row_counts
+from workloads.models.backbone import STAGES, BackboneConfig, Trunk, imagenet_normalized
+from workloads.models.momentum import KeyQueue, follow, target_of
+from workloads.types import PairViews, StepResult
+
+_KINDS = ("global", "local")
+_CONTRASTS = (("global", "global"), ("local", "local"), ("local", "global"))  # (query, key and queue)
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+@config
+class DetCoConfig:
+    """The objective's knobs; all of them can be swept."""
+
+    kind: Literal["detco"] = "detco"
+    """Which objective."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """τ, what cosine similarities are divided by."""
+    level_weights: tuple[Weight, Weight, Weight, Weight] = (0.1, 0.4, 0.7, 1.0)
+    """Weights of the loss at C2, C3, C4, C5."""
+    queue_size: Annotated[int, Field(ge=1)] = 65536
+    """Keys in each of the eight queues: a multiple of global_batch_size, and no more than a quarter of the images, or an
+    image would often be its own negative."""
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
+    """Share of themselves that the networks of the keys keep at each update."""
+    projection_dim: Annotated[int, Field(ge=8)] = 128
+    """Channels of the embeddings."""
+    global_hidden: Annotated[int, Field(ge=8)] = 2048
+    """Hidden width of the heads over whole views."""
+    local_hidden: Annotated[int, Field(ge=8)] = 512
+    """Hidden width of the heads over sets of patches."""
+
+
+def queue_contrast(
+    query: Tensor, key: Tensor, queue: Tensor, filled: Tensor, valid: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """−log(e^{q·k/τ} / (e^{q·k/τ} + Σ_queue e^{q·k'/τ})) (MoCo, arXiv 1911.05722, eq. 1), in float32.
+
+    Args:
+        query, key: (b, D), normalised. queue: (K, D), normalised. filled: bool (K,), places that hold a key. valid: bool (b,).
+
+    Returns:
+        The loss of each row, float32 (b,), 0 where invalid; and whether its key was the most similar, bool (b,).
+    """
+    query, key = query.float(), key.float()
+    positive = (query * key).sum(-1, keepdim=True)
+    negative = (query @ queue.float().T).masked_fill(~filled, -torch.inf)
+    logits = torch.cat([positive, negative], dim=1) / temperature
+    # A row that counts nowhere may hold anything; its zero keeps NaN out of the gradient too.
+    logits = torch.where(valid[:, None], logits, torch.zeros_like(logits))
+    found = logits[:, 0] >= logits.max(1).values
+    return (logits.logsumexp(1) - logits[:, 0]) * valid, found & valid
+
+
+class _Heads(nn.Module):
+    """A trunk with a head of each kind at each stage."""
+
+    def __init__(self, settings: DetCoConfig, backbone: BackboneConfig, patches: int) -> None:
+        super().__init__()
+        self.trunk = Trunk(backbone)
+        dim = settings.projection_dim
+
+        def head(channels: int, hidden: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+
+        widths = dict(zip(STAGES, self.trunk.channels, strict=True))
+        self.whole = nn.ModuleDict({stage: head(width, settings.global_hidden) for stage, width in widths.items()})
+        self.parts = nn.ModuleDict({s: head(patches * width, settings.local_hidden) for s, width in widths.items()})
+
+    def forward(self, images: Tensor, patches: Tensor) -> Tensor:
+        """Images (B, 3, h, w) and patches (B, P, 3, h', w') to normalised embeddings (B, 2 kinds, 4 levels, D)."""
+        b = patches.shape[0]
+        whole = {s: x.mean((-2, -1)) for s, x in self.trunk(imagenet_normalized(images)).items()}
+        parts = {s: x.mean((-2, -1)) for s, x in self.trunk(imagenet_normalized(patches.flatten(0, 1))).items()}
+        kinds = (
+            torch.stack([self.whole[stage](whole[stage]) for stage in STAGES], dim=1),
+            torch.stack([self.parts[stage](parts[stage].reshape(b, -1)) for stage in STAGES], dim=1),
+        )
+        return F.normalize(torch.stack(kinds, dim=1).float(), dim=-1)
+
+
+class DetCo(nn.Module):
+    """Networks of queries, networks of keys, and eight queues."""
+
+    def __init__(self, settings: DetCoConfig, backbone: BackboneConfig, *, patches: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.online = _Heads(settings, backbone, patches)
+        self.target = target_of(self.online)
+        self.queues = nn.ModuleDict(
+            {f"{k}_{s}": KeyQueue(settings.queue_size, settings.projection_dim) for k in _KINDS for s in STAGES}
+        )
+        self._fresh: tuple[Tensor, Tensor] | None = None  # keys of this step and whether they count, until the update
+        # Equal on every rank already; DDP would send them from rank 0 at every step.
+        self._ddp_params_and_buffers_to_ignore = [f"queues.{name}" for name, _ in self.queues.named_buffers()]
+
+    @property
+    def trunk(self) -> Trunk:
+        """The trunk that is trained."""
+        return self.online.trunk
+
+    def forward(self, views: PairViews) -> StepResult:
+        """The loss of this rank's views against the queues: the weighted sum over levels and contrasts, a mean over images."""
+        return self.loss(self.embed(views), views)
+
+    def embed(self, views: PairViews) -> dict[str, Tensor]:
+        """`queries` from the first view and its patches, `keys` from the second: (B, 2 kinds, 4 levels, D), normalised."""
+        assert views.patches is not None
+        queries = self.online(views.images[:, 0], views.patches[:, 0])
+        with torch.no_grad():
+            keys = self.target(views.images[:, 1], views.patches[:, 1])
+        return {"queries": queries, "keys": keys}
+
+    def loss(self, embeddings: Mapping[str, Tensor], views: PairViews) -> StepResult:
+        """The loss of what `embed` returned; its keys enter the queues at `after_update`."""
+        queries, keys = embeddings["queries"], embeddings["keys"].detach()
+        valid = views.valid
+        with torch.autocast(valid.device.type, enabled=False):
+            counts = row_counts(valid.shape[0], valid.device)
+            self._fresh = gather_rows(keys, counts), gather_rows(valid, counts)
+            total = queries.new_zeros(())
+            sums: dict[str, tuple[Tensor, Tensor]] = {}
+            for level, stage in enumerate(STAGES):
+                for of_query, of_key in _CONTRASTS:
+                    queue, filled = self.queues[f"{of_key}_{stage}"].contents()  # type: ignore[operator]
+                    loss, found = queue_contrast(
+                        queries[:, _KINDS.index(of_query), level],
+                        keys[:, _KINDS.index(of_key), level],
+                        queue,
+                        filled,
+                        valid,
+                        temperature=self.settings.temperature,
+                    )
+                    total = total + self.settings.level_weights[level] * loss.sum()
+                    name = f"{of_query}_{of_key}_{stage.lower()}"
+                    sums[f"train/loss_{name}"] = (loss.sum(), valid.sum())
+                    sums[f"train/found_{name}"] = (found.sum(), valid.sum())
+            sums["train/loss"] = (total, valid.sum())
+            return StepResult(loss=global_mean(total, valid.sum()), metrics=averaged(sums))
+
+    @torch.no_grad()
+    def after_update(self, step: int, steps: int) -> None:
+        """Let the networks of the keys follow, and put this step's keys in the queues."""
+        follow(self.target, self.online, self.settings.momentum)
+        if self._fresh is None:
+            return
+        keys, valid = self._fresh
+        self._fresh = None
+        for kind, name in enumerate(_KINDS):
+            for level, stage in enumerate(STAGES):
+                self.queues[f"{name}_{stage}"].push(keys[:, kind, level], valid)  # type: ignore[operator]

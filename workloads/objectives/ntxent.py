@@ -1,0 +1,91 @@
+"""NT-Xent over two views of each image (SimCLR, arXiv 2002.05709): the baseline that knows nothing of places."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from workloads.config import config
+from workloads.distributed import averaged, gather_rows, global_mean, row_counts
+from workloads.models.backbone import BackboneConfig, imagenet_normalized, make_trunk
+from workloads.models.heads import Projector
+from workloads.types import PairViews, StepResult
+
+
+@config
+class NTXentConfig:
+    """The objective's knobs; all of them can be swept."""
+
+    kind: Literal["ntxent"] = "ntxent"
+    """Which objective."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """τ, what cosine similarities are divided by."""
+    projection_dim: Annotated[int, Field(ge=8)] = 128
+    """Channels of the embedding."""
+    projector_hidden: Annotated[int, Field(ge=8)] = 2048
+    """Hidden width of the projector."""
+
+
+def ntxent_loss(views: Tensor, image: Tensor, valid: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """−log(e^{sim(z_i,z_j)/τ} / Σ_{k≠i} e^{sim(z_i,z_k)/τ}) of this rank's views over the global batch (eq. 1 of SimCLR).
+
+    Float32 and log-sum-exp, whatever the precision of the inputs.
+
+    Args:
+        views: (b, 2, D) embeddings, not normalised.
+        image: int64 (b,), a number that tells images apart over all ranks.
+        valid: bool (b,); invalid images are neither counted nor anybody's negatives.
+
+    Returns:
+        The loss of each view, float32 (b, 2), 0 where invalid; and whether the other view was the most similar, bool (b, 2).
+    """
+    views = F.normalize(views.float(), dim=-1)
+    counts = row_counts(views.shape[0], views.device)
+    everybody, images, valids = gather_rows(views, counts), gather_rows(image, counts), gather_rows(valid, counts)
+    positive = (views[:, 0] * views[:, 1]).sum(-1) / temperature
+    positive = positive[:, None, None].expand(-1, 2, -1)
+    similarity = torch.einsum("bvd,nud->bvnu", views, everybody) / temperature
+    negative = ((image[:, None] != images) & valids)[:, None, :, None]
+    logits = torch.cat([positive, similarity.masked_fill(~negative, -torch.inf).flatten(2)], dim=-1)
+    # A row that counts nowhere may hold anything; its zero keeps NaN out of the gradient too.
+    logits = torch.where(valid[:, None, None], logits, torch.zeros_like(logits))
+    loss = logits.logsumexp(-1) - logits[..., 0]
+    found = logits[..., 0] >= logits.max(-1).values
+    return loss * valid[:, None], found & valid[:, None]
+
+
+class NTXent(nn.Module):
+    """A trunk and its projector; both views of all images in one batch."""
+
+    def __init__(self, settings: NTXentConfig, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.settings = settings
+        self.trunk = make_trunk(backbone)
+        self.projector = Projector(
+            self.trunk.num_features, settings.projector_hidden, settings.projection_dim, norm=backbone.norm
+        )
+
+    def forward(self, views: PairViews) -> StepResult:
+        """The loss of this rank's views over the global batch, averaged over views."""
+        return self.loss(self.embed(views), views)
+
+    def embed(self, views: PairViews) -> dict[str, Tensor]:
+        """`views`: (B, 2, D)."""
+        features = self.trunk.pooled(imagenet_normalized(views.images.flatten(0, 1)))
+        return {"views": self.projector(features).unflatten(0, (-1, 2))}
+
+    def loss(self, embeddings: Mapping[str, Tensor], views: PairViews) -> StepResult:
+        """The loss of what `embed` returned, over the global batch."""
+        with torch.autocast(views.valid.device.type, enabled=False):
+            loss, found = ntxent_loss(
+                embeddings["views"], views.positions, views.valid, temperature=self.settings.temperature
+            )
+            count = 2 * views.valid.sum()
+            metrics = averaged({"train/loss": (loss.sum(), count), "train/found": (found.sum(), count)})
+            return StepResult(loss=global_mean(loss.sum(), count), metrics=metrics)
+
+    def after_update(self, step: int, steps: int) -> None:
+        """Nothing here changes but by gradient."""
