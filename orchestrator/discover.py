@@ -12,13 +12,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
 
 from orchestrator import credentials
 from orchestrator.load import absolute_uri
 from orchestrator.locks import hold
 from orchestrator.ray_session import join, on_cluster
-from orchestrator.spec import ScalingConfig, TrackingConfig
 from orchestrator.track import (
     CLAIM_TAG,
     MlflowSink,
@@ -48,13 +49,39 @@ Progress = Callable[[int, int], None]
 
 
 @config
+class ActorsConfig:
+    """How many actors look at images, and what each of them gets."""
+
+    num_workers: PositiveInt = 1
+    """Actors, each with networks of its own."""
+    cpus_per_worker: PositiveInt = 1
+    """Ray CPUs that each actor holds, and its torch threads."""
+    use_gpu: bool = False
+    """Give each actor one GPU."""
+    niceness: Annotated[int, Field(ge=0, le=19)] = 0
+    """Nice level of the actors. Ray's own default, 15, makes them yield to anything else on the machine."""
+
+
+@config
+class RecordConfig:
+    """Where the record of the discovery is kept."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null: the MLFLOW_TRACKING_URI variable, else SQLite beside the output folder."""
+    experiment: str = "discovery"
+    """MLflow experiment that the run is listed under."""
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = None
+    """Name of the run; null: the first method's, and the beginning of the request's hash."""
+
+
+@config
 class DiscoverExperiment(DiscoverConfig):
     """A discovery, and where and how it runs."""
 
     output: str = "runs/discovery"
     """Where boxes, figures and the parts on their way go: a folder that all nodes share, or s3://bucket/prefix."""
-    scaling: ScalingConfig = ScalingConfig(cpus_per_worker=1)
-    tracking: TrackingConfig = TrackingConfig(experiment="discovery")
+    scaling: ActorsConfig = ActorsConfig()
+    tracking: RecordConfig = RecordConfig()
 
     @property
     def science(self) -> DiscoverConfig:
@@ -227,14 +254,14 @@ def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug:
     if not debug:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
     scaling = experiment.scaling
-    actors = min(scaling.most_workers, len(missing))
+    actors = min(scaling.num_workers, len(missing))
     done = job.num_images - sum(job.images_in(part) for part in missing)
     began, spans = time.time(), []
     progress(done, job.num_images)
     parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
     results = parts.map(
         PartActor,  # type: ignore[arg-type]  # Ray's hint knows functions only
-        fn_constructor_args=(job, scaling.threads),
+        fn_constructor_args=(job, scaling.cpus_per_worker),
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else 0,
@@ -271,7 +298,7 @@ def start_ray(experiment: DiscoverExperiment, *, debug: bool) -> None:
         return
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
     # Logical CPUs: a machine with fewer still runs, slower. One more, so that Ray Data's own tasks never wait for actors.
-    wanted = scaling.most_workers * scaling.cpus_per_worker + 1
+    wanted = scaling.num_workers * scaling.cpus_per_worker + 1
     join("local", variables, num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, **options)
 
 

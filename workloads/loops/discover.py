@@ -101,7 +101,8 @@ class DiscoverConfig:
     match: MatchConfig = MatchConfig()
     corloc: CorLocConfig = CorLocConfig()
     batch_size: PositiveInt = 16
-    """Images decoded at a time; those of one size go through the trunk together. Changes speed and memory, not boxes."""
+    """Images decoded at a time; those of one size go through the trunk together. Changes speed and memory, not boxes
+    beyond rounding."""
     part_size: PositiveInt = 128
     """Images in one part, which is what a killed process has to do again."""
     decode_threads: PositiveInt = 2

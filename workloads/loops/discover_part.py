@@ -1,7 +1,7 @@
 """One process's share of a discovery: networks made once, then part after part, each one's boxes in a file of its own."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class PartWorker:
             self._detecting = load_detector(job.settings.detector, device=self._device)
         self._given = read_boxes(job.settings.file).best() if job.settings.file is not None else {}
 
-    def run(self, part: int, *, tick: Callable[[int], None] | None = None) -> int:
+    def run(self, part: int) -> int:
         """Find the boxes of one part and write its file; returns its number of images. Safe to repeat.
 
         Raises:
@@ -68,10 +68,7 @@ class PartWorker:
         images = 0
         for batch in self._batches(part):
             rows += self._found(batch)
-            here = sum(1 for image_id in batch.image_ids if image_id)
-            images += here
-            if tick is not None:
-                tick(here)
+            images += sum(1 for image_id in batch.image_ids if image_id)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=PART_SCHEMA), sink, compression="zstd")
         put_bytes(self._job.state[0], self._job.part_path(part), sink.getvalue().to_pybytes())
