@@ -266,6 +266,32 @@ def export(
 
 
 @app.command()
+def discover(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="[FILE] KEY=VALUE…", help="A YAML file, if any, and dotted keys: uri=DATASET …"),
+    ],
+    debug: Debug = False,
+) -> None:
+    """Find one object an image without labels, and measure CorLoc where objects are known.
+
+    `orchestrator discover uri=shards/val trunk.kind=checkpoint trunk.uri=RUN/checkpoints/step_… methods='[lost, tokencut, centre]'`
+    """
+    with explained(debug):
+        from orchestrator.discover import discover as run_discovery
+        from orchestrator.discover import load_discovery, table
+
+        experiment = load_discovery(arguments)
+        with counting("images") as progress:
+            done = run_discovery(experiment, progress=progress, debug=debug)
+        for line in table(done.figures, experiment.methods):
+            typer.echo(line)
+        typer.echo(f"boxes {done.output}/{experiment.methods[0]}/boxes.parquet")
+        headline = f"eval/corloc {done.figures['eval/corloc']:.3f}" if "eval/corloc" in done.figures else "no figures"
+        typer.echo(f"run {done.run_id}  {done.address}  {headline}")
+
+
+@app.command()
 def status(
     run: Annotated[str, typer.Argument(help="MLflow run id, or run name.")],
     tracking_uri: Annotated[

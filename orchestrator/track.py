@@ -126,6 +126,11 @@ def sweep_header(experiment: SweepExperiment, run: Run) -> RunHeader:
     )
 
 
+def shown_params(values: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters as a run shows them: no machine paths, no credentials, no text longer than MLflow takes."""
+    return {key: _presentable(value)[:_LONGEST_PARAM] for key, value in values.items()}
+
+
 def _presentable(value: Any) -> str:
     """A parameter's text: a local path is only its last part, an address loses its credentials."""
     if isinstance(value, str):

@@ -10,7 +10,10 @@ from workloads.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
 from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
+from workloads.discovery.components import FeaturesError
 from workloads.export import FORMATS, ExportError, export_checkpoint
+from workloads.loops.discover import DiscoverConfig
+from workloads.loops.discovered import DiscoveryError, discover
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
 from workloads.loops.one_shot import OneShotRunConfig, one_shot
 from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
@@ -43,12 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--output", type=Path, default=Path("runs/evaluation"), help="folder for the figures and heatmaps"
     )
-    look = commands.add_parser("one-shot", help="look for one object in other images with a checkpoint's embeddings")
-    look.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints of a pretraining run")
-    look.add_argument(
+    look = commands.add_parser("discover", help="find one object an image, and measure CorLoc where objects are known")
+    look.add_argument("overrides", nargs="*", metavar="key=value", help="uri=DATASET, methods, trunk.kind …")
+    look.add_argument("--output", type=Path, default=Path("runs/discovery"), help="folder for boxes and figures")
+    shot = commands.add_parser("one-shot", help="look for one object in other images with a checkpoint's embeddings")
+    shot.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints of a pretraining run")
+    shot.add_argument(
         "overrides", nargs="*", metavar="key=value", help="uri=DATASET, and other keys of the measurement"
     )
-    look.add_argument(
+    shot.add_argument(
         "--output", type=Path, default=Path("runs/one_shot"), help="folder for the figures and the gallery"
     )
     out = commands.add_parser("export", help="write a checkpoint's trunk for torchvision, timm, ONNX and others")
@@ -76,12 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
+        others_than_training = {"evaluate": _evaluate, "one-shot": _one_shot, "discover": _discover}
         if options.command == "export":
             return _export(options)
-        if options.command == "one-shot":
-            return _one_shot(options, overrides)
-        return _evaluate(options, overrides) if options.command == "evaluate" else _train(options, overrides)
-    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError, ExportError) as error:
+        return others_than_training.get(options.command, _train)(options, overrides)
+    except (
+        NonFiniteLossError,
+        RunStoppedError,
+        CheckpointWriteError,
+        DiscoveryError,
+        ExportError,
+        FeaturesError,
+    ) as error:
         _LOG.error("%s", error)
         return 1
     except (ConfigError, DataError, PlanError, CheckpointError) as error:
@@ -135,6 +147,18 @@ def _one_shot(options: argparse.Namespace, overrides: dict[str, object]) -> int:
     runtime = LocalRuntime(options.output, stream=sys.stdout)
     try:
         one_shot(options.checkpoint, settings, runtime)
+    finally:
+        runtime.close()
+    return 0
+
+
+def _discover(options: argparse.Namespace, overrides: dict[str, object]) -> int:
+    if "uri" not in overrides:
+        raise ConfigError("uri: name the dataset to look at, as uri=FOLDER")
+    settings = build(DiscoverConfig, apply_overrides({}, overrides))
+    runtime = LocalRuntime(options.output, stream=sys.stdout)
+    try:
+        discover(settings, runtime, str(options.output))
     finally:
         runtime.close()
     return 0

@@ -132,6 +132,22 @@ def read_bytes(filesystem: pafs.FileSystem, path: str, *, attempts: int = ATTEMP
     return with_retries(read, attempts=attempts if isinstance(filesystem, pafs.S3FileSystem) else 1)
 
 
+def put_bytes(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
+    """Write one file that appears whole or not at all; folders above it are made."""
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    # An object store's upload becomes visible only when it is closed; a rename there would copy.
+    is_local = isinstance(filesystem, pafs.LocalFileSystem)
+    target = f"{path}.partial-{os.getpid()}" if is_local else path
+
+    def write() -> None:
+        with filesystem.open_output_stream(target) as sink:
+            sink.write(data)
+
+    with_retries(write, attempts=1 if is_local else ATTEMPTS)
+    if is_local:
+        filesystem.move(target, path)
+
+
 class ArrowS3(ArrowFSWrapper):
     """fsspec's view of pyarrow's S3, so that one client, one configuration and no s3fs serve the whole process."""
 

@@ -186,6 +186,19 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return out.reshape(b, k, h, channels, -1).transpose(2, 3)
 
 
+def crop_boxes(images: Tensor, boxes_xyxy: Tensor, size: int) -> Tensor:
+    """Each image's box, stretched to a square, antialiased: float32 (B, 3, size, size) in [0, 1].
+
+    Args:
+        images: uint8 (B, 3, H, W). boxes_xyxy: float (B, 4), pixels of the canvas, not empty.
+    """
+    box = boxes_xyxy.float()[:, None].to(images.device)
+    upright = torch.zeros_like(box[..., 0], dtype=torch.bool)
+    rows = axis_weights(box[..., 1], box[..., 3] - box[..., 1], upright, images.shape[2], size)
+    columns = axis_weights(box[..., 0], box[..., 2] - box[..., 0], upright, images.shape[3], size)
+    return resample(images.to(torch.float32).div_(255.0), rows, columns)[:, 0]
+
+
 def jitter_colours(crops: Tensor, draws: Tensor, settings: JitterConfig) -> Tensor:
     """Brightness, contrast, saturation, hue, then grey, in this order.
 

@@ -1,0 +1,77 @@
+"""LOST (arXiv 2109.14279): the object is where few other patches are alike.
+
+Of an image's N patches with features F, the similarities are A = F Fᵀ. The *seed* is the patch that is similar (A > 0) to
+the fewest others; the patches among the k of lowest degree that are similar to it vote with it; the component of the vote's
+mask that holds the seed is the object. Batched, with no loop over patches.
+"""
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from workloads.config import config
+from workloads.discovery.components import Found, box_around, checked, component_of
+
+_LARGEST_CHUNK = 1 << 26
+"""Similarities held at a time; a batch that has more is gone through in parts."""
+
+
+@config
+class LostConfig:
+    """LOST's one knob."""
+
+    k: PositiveInt = 100
+    """Patches of lowest degree among which the seed finds those that vote with it; of an image with fewer, all."""
+
+
+def lost(features: Tensor, grid_hw: tuple[int, int], settings: LostConfig | None = None) -> Found:
+    """One box an image.
+
+    Ties of degree go to the patch that comes first, row by row. A patch without similarity even to itself (a zero vector)
+    as the seed is its own component. The score, which the paper has not, is 1 − the seed's share of similar patches.
+
+    Args:
+        features: (B, N, d), N = h · w row by row: a transformer's keys without CLS, or a CNN's map through `whole_map_norm`.
+
+    Raises:
+        FeaturesError: wrong shape, or not finite.
+    """
+    k = (settings or LostConfig()).k
+    features = checked(features, grid_hw)
+    b, n, _ = features.shape
+    chunk = max(1, _LARGEST_CHUNK // (n * n))
+    parts = [_seed_and_votes(part, k) for part in features.split(chunk)] if b else []
+    if not parts:
+        return _nothing(features, grid_hw)
+    seeds, degrees, votes = (torch.cat(column) for column in zip(*parts, strict=True))
+    masks = component_of(votes.unflatten(1, grid_hw), seeds)
+    scores = 1 - degrees.float() / max(1, n - 1)
+    return Found(boxes_xyxy=box_around(masks), masks=masks, seeds=seeds, scores=scores)
+
+
+def _seed_and_votes(features: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Seeds (B,), their degrees (B,) and what was voted for, bool (B, N)."""
+    similarity = features @ features.mT
+    alike = similarity > 0
+    degrees = alike.sum(-1) - alike.diagonal(dim1=1, dim2=2).long()
+    least = degrees.argsort(dim=1, stable=True)[:, :k]
+    seeds = least[:, 0]
+    voters = torch.zeros_like(alike[:, 0]).scatter_(1, least, 1)
+    voters &= alike[torch.arange(len(seeds), device=seeds.device), seeds]
+    votes = (similarity.mT @ voters[:, :, None].to(similarity.dtype))[..., 0]
+    return seeds, degrees.gather(1, seeds[:, None])[:, 0], votes > 0
+
+
+def _nothing(features: Tensor, grid_hw: tuple[int, int]) -> Found:
+    zeros = torch.zeros(0, dtype=torch.int64, device=features.device)
+    masks = zeros.new_zeros((0, *grid_hw), dtype=torch.bool)
+    return Found(boxes_xyxy=zeros.new_zeros((0, 4)), masks=masks, seeds=zeros, scores=zeros.float())
+
+
+def whole_map_norm(maps: Tensor) -> Tensor:
+    """A CNN's last map (B, C, h, w) as features (B, h·w, C), less its mean and divided by its deviation over the whole map.
+
+    LayerNorm without scale and shift: a map after a ReLU has no negative similarities before.
+    """
+    features = maps.flatten(2).mT.float()
+    return torch.nn.functional.layer_norm(features, features.shape[1:])

@@ -1,0 +1,130 @@
+"""CorLoc: the share of images whose one box covers an object.
+
+The convention: boxes are half-open, `xyxy`, in pixels of the upright source image, so a box is x1 − x0 wide. An image is a
+hit if the box's IoU with *any* of its objects is at least the threshold, computed in float64 and without a division, so that
+exactly 0.5 counts. Images without an object that counts are left out, and counted. An image with objects and no box is a miss.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from workloads.config import config
+from workloads.data.reader import Annotations
+from workloads.metrics.bootstrap import interval
+
+
+@config
+class CorLocConfig:
+    """Which objects count, and how the interval is drawn."""
+
+    iou: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """IoU from which a box covers an object."""
+    crowd: bool = False
+    """Whether COCO's crowd regions count as objects; LOST's figures are without."""
+    difficult: bool = True
+    """Whether VOC's difficult objects count; LOST's figures are with them."""
+    seed: int = 2402
+    """Seed of the bootstrap."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples of the images from which the 95 % intervals are read."""
+
+    def counted(self, truth: Annotations) -> np.ndarray:
+        """float64 (n, 4): the boxes of the objects that count."""
+        keep = np.ones(len(truth.boxes_xyxy), dtype=bool)
+        if not self.crowd:
+            keep &= ~truth.crowd
+        if not self.difficult:
+            keep &= ~truth.difficult
+        return truth.boxes_xyxy[keep].astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hits:
+    """Whether each image that has objects was hit, in the order of its id."""
+
+    image_ids: tuple[str, ...]
+    hit: np.ndarray  # bool (n,)
+    best_iou: np.ndarray  # float64 (n,): with any object; 0 where there is no box
+    without_objects: int  # images left out
+
+
+def overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Areas of intersection and of union, float64 (n, m), of half-open xyxy boxes (n, 4) and (m, 4); without area: 0."""
+    a, b = np.asarray(boxes, dtype=np.float64)[:, None], np.asarray(others, dtype=np.float64)[None]
+    inner = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0).prod(-1)
+    area_a, area_b = ((side[..., 2:] - side[..., :2]).clip(0).prod(-1) for side in (a, b))
+    return inner, area_a + area_b - inner
+
+
+def iou_of(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU, float64 (n, m); 0 where neither has an area."""
+    inner, union = overlaps(boxes, others)
+    return inner / np.where(union > 0, union, 1.0)
+
+
+def covers(boxes: np.ndarray, others: np.ndarray, iou: float) -> np.ndarray:
+    """bool (n, m): whether the IoU is at least `iou`, decided without a division."""
+    inner, union = overlaps(boxes, others)
+    return (inner >= iou * union) & (inner > 0)
+
+
+def corloc_hits(
+    found: Mapping[str, np.ndarray], truth: Mapping[str, Annotations], settings: CorLocConfig | None = None
+) -> Hits:
+    """Hold each image's box against its objects.
+
+    Args:
+        found: image id → box, (4,). truth: of every image that was looked at.
+    """
+    settings = settings or CorLocConfig()
+    ids, hit, best = [], [], []
+    for image_id in sorted(truth):
+        objects = settings.counted(truth[image_id])
+        if not len(objects):
+            continue
+        ids.append(image_id)
+        box = found.get(image_id)
+        hit.append(box is not None and bool(covers(box[None], objects, settings.iou).any()))
+        best.append(0.0 if box is None else float(iou_of(box[None], objects).max()))
+    return Hits(
+        image_ids=tuple(ids),
+        hit=np.array(hit, dtype=bool),
+        best_iou=np.array(best, dtype=np.float64),
+        without_objects=len(truth) - len(ids),
+    )
+
+
+def corloc_figures(hits: Hits, settings: CorLocConfig | None = None) -> dict[str, float]:
+    """`corloc` with its 95 % interval over images, `mean_iou`, `images`, `images_without_objects`; nothing of no image."""
+    settings = settings or CorLocConfig()
+    n = len(hits.hit)
+    if not n:
+        return {"images": 0.0, "images_without_objects": float(hits.without_objects)}
+    low, high = _interval(hits.hit, settings)
+    return {
+        "corloc": float(hits.hit.mean()),
+        "corloc_low": low,
+        "corloc_high": high,
+        "mean_iou": float(hits.best_iou.mean()),
+        "images": float(n),
+        "images_without_objects": float(hits.without_objects),
+    }
+
+
+def corloc_gain(ours: Hits, theirs: Hits, settings: CorLocConfig | None = None) -> tuple[float, float, float]:
+    """CorLoc of `ours` − `theirs` on the same images, and its 95 % interval."""
+    settings = settings or CorLocConfig()
+    if ours.image_ids != theirs.image_ids:
+        raise ValueError("a paired difference needs hits of the same images")
+    difference = ours.hit.astype(np.float64) - theirs.hit
+    return (float(difference.mean()), *_interval(difference, settings))
+
+
+def _interval(values: np.ndarray, settings: CorLocConfig) -> tuple[float, float]:
+    """Of the mean of one value an image."""
+    n = len(values)
+    return interval(lambda weights: weights @ values / n, n, seed=settings.seed, resamples=settings.bootstrap)
