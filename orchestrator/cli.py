@@ -218,6 +218,53 @@ def evaluate(
         typer.echo(last_line(result.run_id, result.address, result.headline))
 
 
+@app.command("one-shot")
+def one_shot(
+    run: Annotated[str, typer.Argument(help="MLflow run id, or run name, of a pretraining run.")],
+    data: Annotated[str, typer.Option("--data", help="Dataset with objects.")],
+    overrides: Overrides = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Look for one object in other images with a run's embeddings; logs AP50, pointing accuracy and a gallery to the run."""
+    with explained(debug):
+        from orchestrator.evaluate import one_shot_of_run
+
+        result = one_shot_of_run(run, overrides or [], data=data, tracking_uri=tracking_uri)
+        for key, value in sorted(result.metrics.items()):
+            typer.echo(f"{key}  {value:.4f}")
+        typer.echo(f"run {result.run_id}  {result.address}  gallery in {result.artifacts}")
+
+
+@app.command()
+def export(
+    target: Annotated[
+        str, typer.Argument(help="MLflow run id, run name, or models:/NAME/VERSION, models:/NAME@ALIAS.")
+    ],
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="torchvision, timm, safetensors, onnx or torch_export; may be given again; default: all."),
+    ] = None,
+    output: Annotated[str, typer.Option(help="Folder of the files and the model card.")] = "exported",
+    licence: Annotated[str | None, typer.Option(help="What the model card says of the licence.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run's trunk for those who have nothing of this project: `orchestrator export RUN --format timm`."""
+    with explained(debug):
+        from pathlib import Path
+
+        from orchestrator.export import export_run
+
+        files = export_run(target, format or [], output=Path(output), licence=licence, tracking_uri=tracking_uri)
+        for purpose, file in files.items():
+            typer.echo(f"{purpose:<20} {file}")
+
+
 @app.command()
 def discover(
     arguments: Annotated[

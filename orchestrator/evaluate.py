@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.model import fetch_weights
 from orchestrator.track import MUST_AGREE_TOLERANCE, dataset_label, quiet_mlflow, run_address
-from workloads.config import ConfigError, apply_overrides, parse_overrides, read_yaml, to_dict
+from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml, to_dict
 
 
 class EvaluationError(RuntimeError):
@@ -56,6 +56,41 @@ def evaluate_run(
     address = run_address(client.tracking_uri, found.info.experiment_id, run_id)
     heatmaps = "heatmaps" if place is None else f"heatmaps/{place}"
     return EvaluationResult(run_id=run_id, address=address, metrics=metrics, headline=figures, artifacts=heatmaps)
+
+
+def one_shot_of_run(
+    run: str, arguments: Sequence[str] = (), *, data: str, tracking_uri: str | None = None
+) -> EvaluationResult:
+    """Measure one-shot detection of the model of `run` on the dataset `data` and log figures, table and gallery to it.
+
+    Raises:
+        ConfigError: no such run, or an unknown key.
+        DataError: no dataset there, or one without objects.
+        EvaluationError: the run has no model yet, or has other figures at this step.
+    """
+    from orchestrator.load import absolute_uri
+    from workloads.checkpoint import read_meta
+    from workloads.data.manifest import open_dataset
+    from workloads.loops.one_shot import OneShotRunConfig, one_shot
+    from workloads.runtime import LocalRuntime
+
+    client = open_tracking(tracking_uri)
+    found = find_run(client, run)
+    uri = absolute_uri(data)
+    settings = build(OneShotRunConfig, apply_overrides({"uri": uri}, parse_overrides(arguments)))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = fetch_weights(found.info.run_id, client=client, folder=Path(folder))
+        if checkpoint is None:
+            raise EvaluationError(f"run {run} has no model yet; let its training end (the same command continues it)")
+        figures = one_shot(checkpoint, settings, LocalRuntime(Path(folder, "output")))
+        label = f"{dataset_label(uri)}-{open_dataset(uri).manifest.sha256[:8]}"
+        metrics = {key.replace("eval/", f"eval/on_{label}/", 1): value for key, value in figures.items()}
+        log_once(client, found.info.run_id, metrics, step=read_meta(str(checkpoint)).step)
+        _log_artifacts(client, found.info.run_id, Path(folder, "output", "artifacts"), f"on_{label}")
+    address = run_address(client.tracking_uri, found.info.experiment_id, found.info.run_id)
+    return EvaluationResult(
+        run_id=found.info.run_id, address=address, metrics=metrics, headline=figures, artifacts=f"gallery/on_{label}"
+    )
 
 
 def open_tracking(tracking_uri: str | None) -> Any:

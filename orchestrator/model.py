@@ -92,3 +92,29 @@ def fetch_weights(run_id: str, *, client: Any, folder: Path) -> Path | None:
     (folder / "model").mkdir()
     local = mlflow.artifacts.download_artifacts(found[0].model_uri, dst_path=str(folder / "model"))
     return Path(local, "artifacts", "checkpoint")
+
+
+def fetch_model(uri: str, *, client: Any, folder: Path) -> tuple[str, Path]:
+    """The run id and the checkpoint folder of a registered model, `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from workloads.config import ConfigError
+
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    try:
+        if alias:
+            version = client.get_model_version_by_alias(name, alias)
+        else:
+            name, _, number = name.partition("/")
+            version = client.get_model_version(name, number)
+        mlflow.set_tracking_uri(client.tracking_uri)
+        (folder / "model").mkdir()
+        local = mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(folder / "model"))
+    except MlflowException as error:
+        raise ConfigError(f"{uri}: no such registered model ({error.message})") from None
+    return str(version.run_id), Path(local, "artifacts", "checkpoint")

@@ -13,6 +13,7 @@ _EXPLAINED = {
     "ComparisonError",
     "DiscoveryError",
     "EvaluationError",
+    "ExportError",
     "FeaturesError",
     "PromotionRefusedError",
     "SubmitError",

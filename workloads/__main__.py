@@ -11,6 +11,7 @@ from workloads.config import ConfigError, apply_overrides, build, describe, pars
 from workloads.data.manifest import DataError
 from workloads.data.sample_plan import PlanError
 from workloads.discovery.components import FeaturesError
+from workloads.export import FORMATS, ExportError, export_checkpoint
 from workloads.loops.discover import DiscoverConfig
 from workloads.loops.discovered import DiscoveryError, discover
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
@@ -19,6 +20,14 @@ from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
 
 _LOG = logging.getLogger("workloads")
+_FAILURES = (
+    NonFiniteLossError,
+    RunStoppedError,
+    CheckpointWriteError,
+    DiscoveryError,
+    FeaturesError,
+    ExportError,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     look = commands.add_parser("discover", help="find one object an image, and measure CorLoc where objects are known")
     look.add_argument("overrides", nargs="*", metavar="key=value", help="uri=DATASET, methods, trunk.kind …")
     look.add_argument("--output", type=Path, default=Path("runs/discovery"), help="folder for boxes and figures")
-    shot = commands.add_parser("one-shot", help="shot for one object in other images with a checkpoint's embeddings")
+    shot = commands.add_parser("one-shot", help="look for one object in other images with a checkpoint's embeddings")
     shot.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints of a pretraining run")
     shot.add_argument(
         "overrides", nargs="*", metavar="key=value", help="uri=DATASET, and other keys of the measurement"
@@ -56,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     shot.add_argument(
         "--output", type=Path, default=Path("runs/one_shot"), help="folder for the figures and the gallery"
     )
+    out = commands.add_parser("export", help="write a checkpoint's trunk for torchvision, timm, ONNX and others")
+    out.add_argument("checkpoint", type=Path, help="a folder below OUTPUT/checkpoints")
+    out.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    out.add_argument("--format", action="append", choices=FORMATS, help="may be given again (default: all)")
+    out.add_argument("--licence", help="what the model card says of the licence")
+    out.add_argument("--output", type=Path, default=Path("exported"), help="folder of the files (default: %(default)s)")
     keys = commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
     keys.add_argument("loop", nargs="?", default="pretrain", choices=LOOPS, help="which loop (default: %(default)s)")
     return parser
@@ -75,9 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
+        if options.command == "export":
+            return _export(options)
         others_than_training = {"evaluate": _evaluate, "one-shot": _one_shot, "discover": _discover}
         return others_than_training.get(options.command, _train)(options, overrides)
-    except (NonFiniteLossError, RunStoppedError, CheckpointWriteError, DiscoveryError, FeaturesError) as error:
+    except _FAILURES as error:
         _LOG.error("%s", error)
         return 1
     except (ConfigError, DataError, PlanError, CheckpointError) as error:
@@ -109,6 +126,20 @@ def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
         evaluate_loop(options.checkpoint, build_loop(settings), runtime)
     finally:
         runtime.close()
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    files = export_checkpoint(
+        options.checkpoint,
+        tuple(options.format or FORMATS),
+        options.output,
+        title=options.output.name,
+        source={},
+        licence=options.licence,
+    )
+    for purpose, file in files.items():
+        sys.stdout.write(f"{purpose:<20} {file}\n")
     return 0
 
 

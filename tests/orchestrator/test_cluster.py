@@ -132,6 +132,25 @@ def test_evaluate_agrees_with_the_run_and_names_another_dataset(
         assert len({step for step, _ in history}) == len(history)
 
 
+def test_one_shot_figures_and_a_gallery_are_added_to_the_run(
+    folder: Path, coco: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, _ = runs_of(folder)
+    few = ["protocol.view_size=64", "protocol.crop_size=16", "protocol.grid=8", "protocol.least_side=8", "gallery=1"]
+    few += ["protocol.untrained_networks=1", "protocol.resamples=20", "protocol.pixel_windows=[8]"]
+    command = ["one-shot", "both", "--data", coco["val"], "--tracking-uri", client.tracking_uri]
+    assert run([*command, *few]) == 0
+    assert "one_shot/pointing_over_untrained" in capsys.readouterr().out
+    client, found = runs_of(folder)
+    both = next(item for item in found if item.info.run_name == "both")
+    added = [key for key in both.data.metrics if "one_shot" in key]
+    assert added and all(key.startswith("eval/on_val-shards-") for key in added)
+    (place,) = client.list_artifacts(both.info.run_id, "gallery")
+    assert {Path(item.path).suffix for item in client.list_artifacts(both.info.run_id, place.path)} == {".png", ".csv"}
+    assert run([*command, "protocol.grids=8"]) == 2
+    assert "did you mean protocol.grid?" in capsys.readouterr().err
+
+
 def test_two_workers_fine_tune_a_detector_on_the_runs_trunk(
     on_cluster: None, folder: Path, coco: dict[str, str], tmp_path: Path
 ) -> None:

@@ -113,6 +113,30 @@ def test_evaluate_measures_a_detector_again_and_on_other_images(folder, coco, ca
     assert added and all(key.startswith("eval/on_train-shards-") for key in added)
 
 
+def test_a_run_and_a_registered_model_are_exported_with_their_card(folder, tmp_path, capsys):
+    client, found = the_run(folder)
+    store = ["--tracking-uri", client.tracking_uri]
+    one = ["--format", "safetensors", "--output"]
+    assert run(["export", "boxes", *one, str(tmp_path / "run"), *store]) == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert found.info.run_id in card and found.data.tags["data.manifest_sha256"] in card
+    assert (
+        f"| `eval/ap50` | {found.data.metrics['eval/ap50']:.4f} | {found.data.metrics['eval/ap50_low']:.4f} to" in card
+    )
+    (model,) = client.search_logged_models([found.info.experiment_id])
+    client.create_registered_model("tiny")
+    version = client.create_model_version("tiny", model.model_uri, run_id=found.info.run_id, model_id=model.model_id)
+    client.set_registered_model_alias("tiny", "champion", version.version)
+    for name in ("models:/tiny@champion", "models:/tiny/1"):
+        target = tmp_path / name.rpartition("/")[2]
+        assert run(["export", name, *one, str(target), *store]) == 0
+        first, second = ((path / "resnet18.safetensors").read_bytes() for path in (tmp_path / "run", target))
+        assert first[-1000:] == second[-1000:] and name in (target / "README.md").read_text()
+    assert run(["export", "models:/tiny@nobody", *one, str(tmp_path / "x"), *store]) == 2
+    assert run(["export", "boxes", "--format", "tensorflow", *store]) == 2
+    assert "expected one of torchvision, timm" in capsys.readouterr().err
+
+
 def test_a_command_refuses_an_experiment_of_another_loop(experiment, capsys):
     assert run(["train", experiment]) == 2
     assert "run it by `orchestrator finetune`" in capsys.readouterr().err
