@@ -20,6 +20,14 @@ from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
 
 _LOG = logging.getLogger("workloads")
+_FAILURES = (
+    NonFiniteLossError,
+    RunStoppedError,
+    CheckpointWriteError,
+    DiscoveryError,
+    FeaturesError,
+    ExportError,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,18 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
             return 0
         overrides = parse_overrides([*options.overrides, *others])
-        others_than_training = {"evaluate": _evaluate, "one-shot": _one_shot, "discover": _discover}
         if options.command == "export":
             return _export(options)
+        others_than_training = {"evaluate": _evaluate, "one-shot": _one_shot, "discover": _discover}
         return others_than_training.get(options.command, _train)(options, overrides)
-    except (
-        NonFiniteLossError,
-        RunStoppedError,
-        CheckpointWriteError,
-        DiscoveryError,
-        ExportError,
-        FeaturesError,
-    ) as error:
+    except _FAILURES as error:
         _LOG.error("%s", error)
         return 1
     except (ConfigError, DataError, PlanError, CheckpointError) as error:

@@ -71,7 +71,9 @@ def test_nearest_resizing_keeps_numbers_and_places():
 
 def test_segmentations_find_the_four_quarters():
     image = pixels_of(quarters(width=160, height=80))
-    settings = RegionColumnsConfig(felzenszwalb=FelzenszwalbConfig(scale=100, min_size=50), slic=SlicConfig(segments=40))
+    settings = RegionColumnsConfig(
+        felzenszwalb=FelzenszwalbConfig(scale=100, min_size=50), slic=SlicConfig(segments=40)
+    )
     found = compute_regions(image, "x", settings, None)
     for ids in found.values():
         corners = [int(ids[y, x]) for y in (20, 60) for x in (40, 120)]

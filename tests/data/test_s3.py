@@ -259,3 +259,24 @@ def test_preflight_says_what_to_mend(bucket, monkeypatch, tmp_path, change, uri_
     with pytest.raises(DataError, match=message):
         object_store.preflight(object_store_uri)
     assert os.environ["AWS_REGION"] == "us-east-1"
+
+
+def test_a_discovery_keeps_its_parts_and_boxes_in_the_store(bucket: str, built: str, tmp_path: Path) -> None:
+    from workloads.config import build
+    from workloads.discovery.pseudo_boxes import read_boxes
+    from workloads.loops.discover import DiscoverConfig, finished_record, prepare
+    from workloads.loops.discover_part import PartWorker
+    from workloads.loops.discovered import finish
+
+    settings = build(DiscoverConfig, {"uri": built, "methods": ["centre"], "part_size": 20, "gallery": 0})
+    output = f"s3://{bucket}/found"
+    job = prepare(settings, output)
+    worker = PartWorker(job)
+    worker.run(1)
+    again = prepare(settings, output)  # another process goes on
+    assert job.num_parts == 3 and again.missing() == [0, 2]
+    for part in again.missing():
+        worker.run(part)
+    finish(again, tmp_path)
+    assert len(set(read_boxes(f"{output}/centre/boxes.parquet").image_ids)) == 48
+    assert finished_record(output) is not None

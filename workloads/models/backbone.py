@@ -1,5 +1,6 @@
 """Backbones: torchvision's ResNets as a trunk that returns its four stages, timm's ViTs, and the norms they may be built with."""
 
+import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -160,6 +161,6 @@ def make_trunk(settings: BackboneConfig) -> "Trunk | VitTrunk":
     """The trunk that `settings` describe, freshly initialised from the global RNG."""
     if not settings.is_vit:
         return Trunk(settings)
-    from workloads.models.vit import VitConfig, VitTrunk  # timm, which only this needs
+    from workloads.models.vit import VitConfig, VitName, VitTrunk  # timm, which only this needs
 
-    return VitTrunk(VitConfig(name=settings.name, weights="none"))
+    return VitTrunk(VitConfig(name=typing.cast(VitName, settings.name)))
