@@ -71,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--format", action="append", choices=FORMATS, help="may be given again (default: all)")
     out.add_argument("--licence", help="what the model card says of the licence")
     out.add_argument("--output", type=Path, default=Path("exported"), help="folder of the files (default: %(default)s)")
+    side = commands.add_parser(
+        "compare", help="put pretraining runs side by side: table, curves, computing; the first is the baseline"
+    )
+    side.add_argument("runs", nargs="+", type=Path, help="output folders of `train`, measured by the same protocol")
+    side.set_defaults(overrides=[])
+    side.add_argument(
+        "--output", type=Path, default=Path("comparison"), help="folder of the files (default: %(default)s)"
+    )
     keys = commands.add_parser("keys", help="list every key of an experiment file, its default and its meaning")
     keys.add_argument("loop", nargs="?", default="pretrain", choices=LOOPS, help="which loop (default: %(default)s)")
     return parser
@@ -92,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = parse_overrides([*options.overrides, *others])
         if options.command == "export":
             return _export(options)
+        if options.command == "compare":
+            return _compare(options)
         others_than_training = {"evaluate": _evaluate, "one-shot": _one_shot, "discover": _discover}
         return others_than_training.get(options.command, _train)(options, overrides)
     except _FAILURES as error:
@@ -162,6 +172,17 @@ def _discover(options: argparse.Namespace, overrides: dict[str, object]) -> int:
         discover(settings, runtime, str(options.output))
     finally:
         runtime.close()
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from workloads.loops import compare as comparison
+
+    rows = comparison.compare([comparison.read_run(run) for run in options.runs])
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "comparison.md").write_text(comparison.table(rows), encoding="utf-8")
+    comparison.draw(rows, options.output / "comparison.png")
+    sys.stdout.write(comparison.table(rows))
     return 0
 
 
