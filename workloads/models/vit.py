@@ -94,6 +94,15 @@ class VitTrunk(nn.Module):
         tokens = self.body.norm(self.body.blocks[-1](self._before_last_block(images)))
         return Tokens(cls=tokens[:, 0], patches=tokens[:, 1:].mT.unflatten(2, self._grid_hw(images)))
 
+    @property
+    def num_features(self) -> int:
+        """Channels of `pooled`."""
+        return self.channels
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """One vector an image, (B, num_features): the CLS token."""
+        return self(images).cls
+
     def last_attention(self, images: Tensor) -> LastAttention:
         """(B, 3, h, w), normalised as for `forward`, to the last block's keys and CLS attention.
 

@@ -66,12 +66,11 @@ def queue_contrast(
     Returns:
         The loss of each row, float32 (b,), 0 where invalid; and whether its key was the most similar, bool (b,).
     """
-    query, key = query.float(), key.float()
+    # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
+    query, key = (torch.where(valid[:, None], x.float(), 0.0) for x in (query, key))
     positive = (query * key).sum(-1, keepdim=True)
     negative = (query @ queue.float().T).masked_fill(~filled, -torch.inf)
     logits = torch.cat([positive, negative], dim=1) / temperature
-    # A row that counts nowhere may hold anything; its zero keeps NaN out of the gradient too.
-    logits = torch.where(valid[:, None], logits, torch.zeros_like(logits))
     found = logits[:, 0] >= logits.max(1).values
     return (logits.logsumexp(1) - logits[:, 0]) * valid, found & valid
 

@@ -94,9 +94,10 @@ def detcon_loss(
         The loss of each region, float32 (b, 2, M), weighted by 1 / (times it was drawn from its view), 0 where it has no
         positive; and whether it has one, bool (b, 2, M).
     """
-    online, target = F.normalize(online.float(), dim=-1), F.normalize(target.float(), dim=-1)
-    counts = row_counts(online.shape[0], online.device)
     shown = (regions > 0) & valid[:, None, None]
+    # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
+    online, target = (F.normalize(torch.where(shown[..., None], x.float(), 0.0), dim=-1) for x in (online, target))
+    counts = row_counts(online.shape[0], online.device)
     everybody, images, all_shown = (gather_rows(x, counts) for x in (target, image, shown))
 
     same_region = (regions[:, 0, :, None] == regions[:, 1, None, :]) & shown[:, 0, :, None] & shown[:, 1, None, :]
@@ -113,9 +114,8 @@ def detcon_loss(
     left_out = is_own[:, None, None, :, None, None] & same_view[:, None, None, :, None] & itself[:, :, :, None, None, :]
     similarity = similarity.masked_fill(left_out | ~all_shown, -torch.inf).flatten(3)
     counted = shown & (num_positives > 0)
-    # A row that counts nowhere may hold anything, even nothing but -inf; its zero keeps NaN out of the gradient too.
+    # Such a row may have nothing to be compared with, and so no sum.
     similarity = torch.where(counted[..., None], similarity, torch.zeros_like(similarity))
-    attracted = torch.where(counted, attracted, torch.zeros_like(attracted))
     times_drawn = itself.sum(-1)
     loss = (similarity.logsumexp(-1) - attracted) / times_drawn
     return torch.where(counted, loss, torch.zeros_like(loss)), counted

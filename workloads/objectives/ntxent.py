@@ -42,7 +42,8 @@ def ntxent_loss(views: Tensor, image: Tensor, valid: Tensor, *, temperature: flo
     Returns:
         The loss of each view, float32 (b, 2), 0 where invalid; and whether the other view was the most similar, bool (b, 2).
     """
-    views = F.normalize(views.float(), dim=-1)
+    # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
+    views = F.normalize(torch.where(valid[:, None, None], views.float(), 0.0), dim=-1)
     counts = row_counts(views.shape[0], views.device)
     everybody, images, valids = gather_rows(views, counts), gather_rows(image, counts), gather_rows(valid, counts)
     positive = (views[:, 0] * views[:, 1]).sum(-1) / temperature
@@ -50,8 +51,6 @@ def ntxent_loss(views: Tensor, image: Tensor, valid: Tensor, *, temperature: flo
     similarity = torch.einsum("bvd,nud->bvnu", views, everybody) / temperature
     negative = ((image[:, None] != images) & valids)[:, None, :, None]
     logits = torch.cat([positive, similarity.masked_fill(~negative, -torch.inf).flatten(2)], dim=-1)
-    # A row that counts nowhere may hold anything; its zero keeps NaN out of the gradient too.
-    logits = torch.where(valid[:, None, None], logits, torch.zeros_like(logits))
     loss = logits.logsumexp(-1) - logits[..., 0]
     found = logits[..., 0] >= logits.max(-1).values
     return loss * valid[:, None], found & valid[:, None]
