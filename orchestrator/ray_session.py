@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator import credentials
 from orchestrator.spares import importing
-from orchestrator.spec import AnyExperiment
+from orchestrator.spec import AnyExperiment, places_read
 from workloads.config import ConfigError
 
 
@@ -124,5 +124,4 @@ def job_environment(experiment: AnyExperiment, uri: str) -> dict[str, str]:
 
 def uses_s3(experiment: AnyExperiment) -> bool:
     """Whether the run reads or writes an object store."""
-    uris = (experiment.storage.path, experiment.data.uri, experiment.evaluation.uri or "")
-    return any(uri.startswith("s3://") for uri in uris)
+    return any(uri.startswith("s3://") for uri in (experiment.storage.path, *places_read(experiment).values()))

@@ -10,7 +10,7 @@ from orchestrator.credentials import divide
 from orchestrator.plan import plan_run
 from orchestrator.runs import run_name
 from orchestrator.spares import importing
-from orchestrator.spec import AnyExperiment, SweepExperiment
+from orchestrator.spec import AnyExperiment, SweepExperiment, command_of, places_read
 from orchestrator.sweep import sweep_name
 from orchestrator.track import is_server, without_secrets
 from workloads.config import ConfigError, to_yaml
@@ -31,11 +31,9 @@ def request_of(
         ConfigError: it names places that only this machine has.
         CalibrationError: the few steps did not end.
     """
-    for key, uri in (("data.uri", experiment.data.uri), ("storage.path", experiment.storage.path)):
+    for key, uri in {**places_read(experiment), "storage.path": experiment.storage.path}.items():
         if "://" not in uri:
-            raise ConfigError(f"{key}: {uri} is a folder of this machine; the cluster's nodes need s3://bucket/prefix")
-    if experiment.evaluation.uri is not None and "://" not in experiment.evaluation.uri:
-        raise ConfigError(f"evaluation.uri: {experiment.evaluation.uri} is a folder of this machine; give an s3:// URI")
+            raise ConfigError(f"{key}: {uri} is a place of this machine; the cluster's nodes need s3://bucket/prefix")
     scaling = experiment.scaling
     if memory_gib is None:
         memory_gib = max(_LEAST_GIB, _GIB_PER_CPU * scaling.cpus_per_worker)
@@ -56,7 +54,7 @@ def request_of(
     return ClusterRequest(
         name=sweep_name(experiment) if isinstance(experiment, SweepExperiment) else run_name(experiment),
         experiment_yaml=without_secrets(to_yaml(experiment)),
-        command="sweep" if is_sweep else "train",
+        command="sweep" if is_sweep else command_of(experiment),
         image=image,
         ray_version=version("ray"),
         fewest_workers=scaling.fewest_workers * at_once,

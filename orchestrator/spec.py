@@ -158,6 +158,23 @@ class FinetuneExperiment(FinetuneConfig):
 
 AnyExperiment: TypeAlias = TrainExperiment | FinetuneExperiment
 
+
+def places_read(experiment: AnyExperiment) -> dict[str, str]:
+    """Dotted key → URI of everything that a run reads."""
+    found: dict[str, str | None] = {"data.uri": experiment.data.uri, "evaluation.uri": experiment.evaluation.uri}
+    match experiment:
+        case TrainExperiment():
+            found |= {"init_from": experiment.init_from, "trunk_from": experiment.trunk_from}
+        case FinetuneExperiment():
+            found |= {
+                "boxes": experiment.boxes,
+                "masks": experiment.masks,
+                "evaluation.masks": experiment.evaluation.masks,
+            }
+            found |= {f"trunk.{name}": getattr(experiment.trunk, name, None) for name in ("uri", "file")}
+    return {key: uri for key, uri in found.items() if uri is not None}
+
+
 EXPERIMENTS: dict[str, type[TrainExperiment] | type[FinetuneExperiment]] = {
     "pretrain": TrainExperiment,
     "finetune": FinetuneExperiment,

@@ -193,7 +193,7 @@ def test_no_secret_gets_into_a_file(
 def test_what_only_this_machine_has_is_refused(key: str):
     given = [text for text in EXPERIMENT if not text.startswith(key)]
     loaded = load_experiment("anchor_ntxent_caltech", [*given, f"{key}=here"])
-    with pytest.raises(ConfigError, match=f"{key}: .*here is a folder of this machine"):
+    with pytest.raises(ConfigError, match=f"{key}: .*here is a place of this machine"):
         request_of(loaded, image="i", memory_gib=None, measure=False, spot=True, retries=3)
 
 
