@@ -163,14 +163,15 @@ class SamplePlan:
 
     def _made(self, epoch: int, windows: list[tuple[int, int]]) -> list["_Window"]:
         """Windows by (lane, number), those of before from memory."""
-        found = {where: self._kept.get((epoch, *where)) for where in windows}
-        missing = [where for where, window in found.items() if window is None]
+        missing = [where for where in windows if (epoch, *where) not in self._kept]
         if missing:
-            found.update(zip(missing, self._make_windows(epoch, missing), strict=True))
-            self._kept.update({(epoch, *where): found[where] for where in missing})
-            for oldest in list(self._kept)[: max(0, len(self._kept) - self._most_kept - len(windows))]:
-                self._kept.pop(oldest, None)
-        return [window for window in found.values() if window is not None]
+            made = self._make_windows(epoch, missing)
+            self._kept |= {(epoch, *where): window for where, window in zip(missing, made, strict=True)}
+        found = [self._kept[epoch, *where] for where in windows]
+        too_many = len(self._kept) - max(self._most_kept, 2 * len(windows))
+        for oldest in list(self._kept)[:too_many] if too_many > 0 else ():
+            del self._kept[oldest]
+        return found
 
     def _make_windows(self, epoch: int, windows: list[tuple[int, int]]) -> list["_Window"]:
         # All at once: a seek needs a window or two of every lane, and numpy's calls cost more than what they do here.
