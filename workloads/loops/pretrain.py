@@ -16,6 +16,7 @@ from workloads.data.ledger import Ledger
 from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import TrainLoader
 from workloads.data.sample_plan import SamplePlan
+from workloads.data.upload import Upload
 from workloads.data.views import make_views
 from workloads.distributed import sum_over_ranks, wait_for_all
 from workloads.gradient_cache import backward_in_micro_batches
@@ -118,6 +119,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     loader = TrainLoader(dataset, plan, settings.data, rank=runtime.rank, world_size=runtime.world_size)
     evaluation = GridEvaluation.of(settings, runtime)
     batches = loader.iterate(start_step=step)
+    upload = Upload(runtime.device)
     meter = _Meter(loader)
     ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None
     figures: dict[str, float] = {}
@@ -129,7 +131,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
         while step < settings.steps:
             rate = settings.optimizer.lr * rate_at(step, settings.steps, settings.schedule)
             batch = next(batches)
-            metrics = _update(model, objective, optimizer, batch, rate, settings, runtime.device)
+            metrics = _update(model, objective, optimizer, upload(batch), rate, settings, runtime.device)
             step += 1
             meter.add(batch, metrics, rate)
             if ledger is not None:
@@ -199,7 +201,7 @@ def _update(
 ) -> dict[str, Tensor]:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    views = make_views(batch.to(device), settings.views, seed=settings.seed)
+    views = make_views(batch, settings.views, seed=settings.seed)
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         if settings.micro_batch_size is None:
