@@ -1,6 +1,7 @@
 # Targets: setup (the environment), demo (setup, then a few minutes' pretraining), test (what to run before every commit),
 # sweep-smoke OUT=DIR (a tiny sweep whose whole state lies under DIR), browser (MLflow's pages of one, in Chromium),
-# jobs (submits jobs to a cluster on this machine), chaos (kills, cuts off and fills up what a run needs; CHAOS='chaos and short' is CI's form).
+# jobs (submits jobs to a cluster on this machine; JOBS='jobs and short' is CI's form), chaos (kills, cuts off and fills up what a
+# run needs; CHAOS='chaos and short' is CI's form).
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -32,8 +33,9 @@ browser: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[orchestrator,test,browser]'
 	$(BIN)/python -m pytest tests/browser -m browser
 
+JOBS ?= jobs
 jobs: setup
-	$(BIN)/python -m pytest tests/cluster -m jobs
+	$(BIN)/python -m pytest tests/cluster -m "$(JOBS)"
 
 CHAOS ?= chaos
 chaos: setup

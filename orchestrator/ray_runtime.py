@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from orchestrator.gauges import RunGauges
 from orchestrator.node_load import NODE, NodeLoad
 from orchestrator.progress import ProgressPublisher
 from orchestrator.spares import order_later
+from orchestrator.unconfirmed import UnconfirmedReports
 from workloads.checkpoint import CheckpointStore, CheckpointWriter, Restored, Snapshot, read_newest_everywhere
 from workloads.data.filesystems import resolve_uri, with_retries
 from workloads.runtime import Request, agreed, averaging_gradients
@@ -62,6 +64,7 @@ class RayRuntime:
         self._preemption_known = False
         self._preemption_asked = float("-inf")
         self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
+        self._unconfirmed = UnconfirmedReports()
         self._failure: BaseException | None = None
         self._reporter = threading.Thread(target=self._send_reports, name="reports", daemon=True)
         self._reporter.start()
@@ -87,14 +90,23 @@ class RayRuntime:
                 self._gauges.report(metrics, step=step, saved_step=self.saved_step())
         if self._node_load is not None:
             line[NODE] = self._node_load.read()
+        self._send(line, artifacts)
+
+    def _send(self, line: dict[str, Any], artifacts: Path | None = None) -> None:
+        self._unconfirmed.add(line)
         self._queue.put((line, artifacts))
 
     def restore(self) -> Restored | None:
-        """The newest whole checkpoint of the run's storage, the same on every rank."""
+        """The newest whole checkpoint of the run's storage, the same on every rank.
+
+        What its writer had reported and may have died with is reported once more.
+        """
         found = read_newest_everywhere(self._checkpoints, device=self.device)
         if found is not None:
             self._restored_step = found.meta.step
             self._extra["fault/damaged_checkpoints"] = float(len(found.passed_over))
+            for line in found.state.get("reports", ()):  # all ranks, because a report is a barrier; rank 0's counts
+                self._send(dict(line))
         return found
 
     def save(self, snapshot: Snapshot) -> None:
@@ -102,7 +114,7 @@ class RayRuntime:
         self._raise_failure()
         if self._writer is None:
             self._writer = CheckpointWriter(self._checkpoints, patience_s=self._patience_s)
-        self._writer.submit(snapshot)
+        self._writer.submit(replace(snapshot, state={**snapshot.state, "reports": self._unconfirmed.lines()}))
 
     def flush(self) -> None:
         """Wait until the newest snapshot is in the storage."""
@@ -170,6 +182,7 @@ class RayRuntime:
                 if artifacts is not None:
                     line["artifacts"] = self._store_artifacts(artifacts, step=line["step"])
                 ray.train.report(line)
+                self._unconfirmed.sent()
             except BaseException as error:
                 self._failure = error
                 return

@@ -1,5 +1,6 @@
 """Reductions over the global batch: the loss and its gradient are the same on any number of ranks."""
 
+import functools
 from typing import Any
 
 import torch
@@ -19,12 +20,23 @@ def wait_for_all() -> None:
 
 
 def row_counts(rows: int, device: torch.device) -> list[int]:
-    """How many rows each rank holds, in rank order."""
+    """How many rows each rank holds, in rank order.
+
+    Ranks tell each other over the host's network, so that no rank waits here for what its GPU has queued; `device` is where the
+    rows are.
+    """
     if world_size() == 1:
         return [rows]
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device))
-    return [int(c) for c in torch.cat(counts).tolist()]
+    group = _host_group(dist.group.WORLD) if device.type != "cpu" else None
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64), group=group)
+    return [int(count) for count in counts]
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(world: dist.ProcessGroup) -> Any:
+    """All ranks of `world` once more, for tensors on the host; made at the first use, by every rank at the same place."""
+    return dist.new_group(backend="gloo")
 
 
 class _GatherRows(torch.autograd.Function):

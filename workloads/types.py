@@ -26,9 +26,15 @@ class ImageBatch:
 
     def to(self, device: Any, *, non_blocking: bool = True) -> "ImageBatch":
         """The same batch with its tensors on `device`."""
-        names = ["images", "content_hw", "source_hw", "positions", "valid"]
-        names += ["regions"] if self.regions is not None else []
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names})
+        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in self._named_tensors()})
+
+    def tensors(self) -> list[Tensor]:
+        """All that lies on the device."""
+        return [tensor for _, tensor in self._named_tensors()]
+
+    def _named_tensors(self) -> list[tuple[str, Tensor]]:
+        names = ("images", "content_hw", "source_hw", "positions", "valid", "regions")
+        return [(n, tensor) for n in names if (tensor := getattr(self, n)) is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of measuring, for one loader and repetition")
-    parser.add_argument("--sets", default="caltech101,coco")
+    parser.add_argument("--sets", default="caltech101,coco", help="names with commas; '': the plan's figures alone")
     parser.add_argument("--loaders", default=None, help="names with commas; default: all")
     parser.add_argument("--no-s3", action="store_true")
     parser.add_argument("--no-plan", action="store_true")
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor(), "load": os.getloadavg()[0]},
         "image_sets": {},
     }
-    for name in options.sets.split(","):
+    for name in [name for name in options.sets.split(",") if name]:
         prepare(work / name, name, python)
         figures["image_sets"][name] = measure_set(work / name, names, options, python)
     if not options.no_plan:

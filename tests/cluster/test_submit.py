@@ -82,6 +82,7 @@ def prometheus_pages(cluster: LocalCluster) -> str:
 
 
 @pytest.mark.jobs
+@pytest.mark.short
 def test_a_job_is_the_same_run_with_its_store_in_s3_and_no_secret_written_anywhere(
     local: LocalCluster, experiment: Path
 ):
@@ -117,6 +118,7 @@ def test_a_job_is_the_same_run_with_its_store_in_s3_and_no_secret_written_anywhe
 
 
 @pytest.mark.jobs
+@pytest.mark.short
 def test_what_is_wrong_with_the_request_is_the_jobs_answer(local: LocalCluster, experiment: Path):
     done = orchestrator("submit", str(experiment), "data.uri=/nowhere", "tracking.run_name=wrong", cluster=local)
     assert done.returncode == 2
@@ -250,6 +252,7 @@ def test_ray_job_submit_does_the_same(local: LocalCluster, experiment: Path, tmp
 
 
 @pytest.mark.jobs
+@pytest.mark.short
 @pytest.mark.parametrize(
     ("address", "variables", "message"),
     [

@@ -22,7 +22,7 @@ Encoded: TypeAlias = bytes | memoryview | np.ndarray
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded; Pillow's own limit against decompression bombs, doubled as Pillow does to fail."""
 
-_EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 _RGB = 3  # torchvision.io.ImageReadMode.RGB; the module's wrappers warn at every call, its operators do not
 _DECODE_ERRORS = (RuntimeError, OSError, ValueError, SyntaxError, MemoryError, TypeError, EOFError)
 
@@ -84,12 +84,12 @@ def decode_jpeg_scaled(encoded: Encoded, longer_side: int) -> tuple[Tensor, tupl
             target_h, target_w = shrunk_hw(height, width, longer_side)
             if min(width // target_w, height // target_h) < 2:
                 return None
-            on_its_side = image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+            on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
             drafted: Any = image.draft("RGB", (target_w, target_h))
             # The scaled image ends with whole blocks; the source's own extent in it has a fraction.
             extent = drafted[1] if drafted is not None else None
             shrunk = image.convert("RGB").resize((target_w, target_h), Image.Resampling.BILINEAR, box=extent)
-            shrunk.getexif()[_EXIF_ORIENTATION] = image.getexif().get(_EXIF_ORIENTATION, 1)
+            shrunk.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
             pixels = torch.from_numpy(np.array(ImageOps.exif_transpose(shrunk))).permute(2, 0, 1)
         return pixels, (width, height) if on_its_side else (height, width)
     except _DECODE_ERRORS as error:

@@ -1,23 +1,26 @@
 """Row groups in, batches out: reading, decoding and prefetching on threads, in the sample plan's order."""
 
 import collections
+import functools
 import itertools
 import logging
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
 
-from workloads.config import config
+from workloads.config import ConfigError, config
 from workloads.data.decode import decode_batch, decode_regions_batch
+from workloads.data.decode_cuda import cuda_device, decode_batch_on, nvjpeg
 from workloads.data.disk_cache import DiskCache
 from workloads.data.manifest import DataError, Dataset
 from workloads.data.row_groups import RowGroup, RowGroupReader, damaged_shard
@@ -39,6 +42,8 @@ class DataConfig:
     """Longer side, pixels, to which images are shrunk while decoding; none: source resolution."""
     dct_scaling: bool = False
     """Decode JPEGs of at least twice decode_size at 1/2, 1/4 or 1/8 of their size: quicker, slightly other pixels."""
+    decode_device: Literal["cpu", "cuda"] = "cpu"
+    """What decodes JPEGs; cuda: the worker's own GPU, by nvJPEG, with pixels that differ slightly from the CPU's."""
     lanes: PositiveInt | None = None
     """Parallel streams of the sample plan; divides the global batch size; none: its largest divisor not above 64."""
     io_threads: PositiveInt = 8
@@ -259,10 +264,22 @@ class _Pipeline:
         self._reader = RowGroupReader(dataset, cache, regions=regions)
         self._regions, self._wanted = regions, wanted
         self._config = config
+        self.decode = _decoder(config)
         self.wait_seconds = 0.0
 
     def run(self, shares: Iterator[_Share]) -> "_Run":
         return _Run(self, shares)
+
+
+def _decoder(config: DataConfig) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    if config.decode_device == "cpu":
+        return functools.partial(decode_batch, pinned=torch.cuda.is_available(), dct_scaling=config.dct_scaling)
+    if config.dct_scaling:
+        raise ConfigError(
+            "data.dct_scaling: only the CPU's decoder has it; leave it out, or set data.decode_device=cpu"
+        )
+    device = cuda_device()
+    return functools.partial(decode_batch_on, device, decode_jpegs=nvjpeg(device))
 
 
 class _Run:
@@ -327,12 +344,8 @@ class _Run:
         if wanted is not None:
             encoded = [data if name in wanted else None for data, name in zip(encoded, ids, strict=True)]
         encoded += [None] * padding
-        images, content_hw, source_hw, valid = decode_batch(
-            encoded,
-            decode_size=self._config.decode_size,
-            pool=self._decode_pool,
-            pinned=torch.cuda.is_available(),
-            dct_scaling=self._config.dct_scaling,
+        images, content_hw, source_hw, valid = self._pipeline.decode(
+            encoded, decode_size=self._config.decode_size, pool=self._decode_pool
         )
         positions = np.concatenate([share.positions, np.full(padding, -1, dtype=np.int64)])
         regions, num_regions = None, 0

@@ -12,6 +12,7 @@ shuffled within windows of about `WINDOW_GROUPS` row groups only, so a reader ho
 
 import functools
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -77,8 +78,8 @@ class SamplePlan:
         mean_rows = self.num_images / len(self._rows)
         self._window = max(1, round(WINDOW_GROUPS * mean_rows))
         self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
-        self._block = functools.lru_cache(maxsize=2 * self.lanes + 16)(self._make_block)
-        self._window_rows = functools.lru_cache(maxsize=4 * self.lanes + 16)(self._make_window_rows)
+        self._kept: dict[tuple[int, int, int], _Window] = {}  # by epoch, lane and number, the oldest first
+        self._most_kept = 2 * self.lanes + 16
 
     def lanes_of(self, rank: int, world_size: int) -> range:
         """The contiguous lanes of one rank.
@@ -101,13 +102,8 @@ class SamplePlan:
         Raises:
             PlanError: no such batch or rank.
         """
-        if not 0 <= batch < self.steps_per_epoch:
-            raise PlanError(f"batch {batch}: an epoch has {self.steps_per_epoch}")
-        per_lane = self.global_batch_size // self.lanes
-        first = batch * per_lane
-        lanes = self.lanes_of(rank, world_size)
-        parts = [self._lane_rows(epoch, lane, first, first + per_lane) for lane in lanes]
-        rows = np.stack(parts, axis=2)  # (2, per_lane, lanes)
+        lanes, first, per_lane = self._lanes_and_rows(batch, rank, world_size)
+        rows = self._lane_rows(epoch, lanes, first, first + per_lane)
         positions = (first + np.arange(per_lane))[:, None] * self.lanes + np.arange(lanes.start, lanes.stop)
         return positions.reshape(-1), rows[0].reshape(-1), rows[1].reshape(-1)
 
@@ -116,20 +112,22 @@ class SamplePlan:
 
         A reader that holds these never fetches a row group twice for one lane's pass over it.
         """
+        lanes, first, per_lane = self._lanes_and_rows(batch, rank, world_size)
+        windows = self._windows_of(lanes, first, first + per_lane)
+        return np.unique(np.concatenate([window.groups for window in self._made(epoch, windows)]))
+
+    def _lanes_and_rows(self, batch: int, rank: int, world_size: int) -> tuple[range, int, int]:
+        """A rank's lanes, and the first row and the number of rows that a batch takes of each lane."""
+        if not 0 <= batch < self.steps_per_epoch:
+            raise PlanError(f"batch {batch}: an epoch has {self.steps_per_epoch}")
         per_lane = self.global_batch_size // self.lanes
-        first = batch * per_lane
-        windows = [
-            self._window_rows(epoch, lane, window)[0]
-            for lane in self.lanes_of(rank, world_size)
-            for window in range(self._window_of(lane, first), self._window_of(lane, first + per_lane - 1) + 1)
-        ]
-        return np.unique(np.concatenate(windows))
+        return self.lanes_of(rank, world_size), batch * per_lane, per_lane
 
     def remainder(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The last N mod G positions of an epoch, not trained on: (positions, row_group, row_in_group), int64 (n,)."""
         positions = np.arange(self.steps_per_epoch * self.global_batch_size, self.num_images, dtype=np.int64)
         places = [divmod(position, self.lanes) for position in positions.tolist()]
-        rows = [self._lane_rows(epoch, lane, row, row + 1) for row, lane in places]
+        rows = [self._lane_rows(epoch, range(lane, lane + 1), row, row + 1)[:, :, 0] for row, lane in places]
         if not rows:
             return positions, positions.copy(), positions.copy()
         groups, in_group = np.concatenate(rows, axis=1)
@@ -139,65 +137,126 @@ class SamplePlan:
         """Where a lane's range begins in the epoch's sequence of rows."""
         return lane * (self.num_images // self.lanes) + min(lane, self.num_images % self.lanes)
 
-    def _window_of(self, lane: int, row: int) -> int:
-        return (row + self._stagger(lane)) // self._window
-
     def _stagger(self, lane: int) -> int:
         # Lanes enter their windows at different times, so that reading is spread evenly over the steps.
         return lane * self._window // self.lanes
 
-    def _lane_rows(self, epoch: int, lane: int, start: int, stop: int) -> np.ndarray:
-        """Rows start … stop of a lane's shuffled order: int64 (2, n), row group and row in it."""
-        parts = []
-        while start < stop:
-            window = self._window_of(lane, start)
-            window_start = max(0, window * self._window - self._stagger(lane))
-            rows = self._window_rows(epoch, lane, window)
-            taken = rows[:, start - window_start : stop - window_start]
-            parts.append(taken)
-            start += taken.shape[1]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    def _windows_of(self, lanes: range, start: int, stop: int) -> list[tuple[int, int]]:
+        """(lane, number) of the windows that hold rows start … stop of some lanes."""
+        return [
+            (lane, number)
+            for lane in lanes
+            for stagger in (self._stagger(lane),)
+            for number in range((start + stagger) // self._window, (stop - 1 + stagger) // self._window + 1)
+        ]
 
-    def _make_window_rows(self, epoch: int, lane: int, window: int) -> np.ndarray:
-        lane_start, lane_stop = self._lane_start(lane), self._lane_start(lane + 1)
-        begin = window * self._window - self._stagger(lane)
-        start = lane_start + max(0, begin)
-        stop = min(lane_start + begin + self._window, lane_stop)
-        rows = self._sequence_rows(epoch, start, stop)
-        return rows[:, self._permutation(stop - start, f"window:{epoch}:{lane}:{window}")]
+    def _lane_rows(self, epoch: int, lanes: range, start: int, stop: int) -> np.ndarray:
+        """Rows start … stop of some lanes' shuffled orders: int64 (2, n, lanes), row group and row in it."""
+        rows = np.empty((2, stop - start, len(lanes)), dtype=np.int64)
+        windows = self._windows_of(lanes, start, stop)
+        for (lane, _), window in zip(windows, self._made(epoch, windows), strict=True):
+            begin, end = max(start, window.start), min(stop, window.stop)
+            rows[:, begin - start : end - start, lane - lanes.start] = window.rows[
+                :, begin - window.start : end - window.start
+            ]
+        return rows
 
-    def _sequence_rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Rows start … stop of the epoch's unshuffled sequence: int64 (2, n), row group and row in it."""
+    def _made(self, epoch: int, windows: list[tuple[int, int]]) -> list["_Window"]:
+        """Windows by (lane, number), those of before from memory."""
+        missing = [where for where in windows if (epoch, *where) not in self._kept]
+        if missing:
+            made = self._make_windows(epoch, missing)
+            self._kept |= {(epoch, *where): window for where, window in zip(missing, made, strict=True)}
+        found = [self._kept[epoch, *where] for where in windows]
+        too_many = len(self._kept) - max(self._most_kept, 2 * len(windows))
+        for oldest in list(self._kept)[:too_many] if too_many > 0 else ():
+            del self._kept[oldest]
+        return found
+
+    def _make_windows(self, epoch: int, windows: list[tuple[int, int]]) -> list["_Window"]:
+        # All at once: a seek needs a window or two of every lane, and numpy's calls cost more than what they do here.
+        lane_starts = [self._lane_start(lane) for lane, _ in windows]
+        begins = [number * self._window - self._stagger(lane) for lane, number in windows]
+        lengths = [self._lane_start(lane + 1) - self._lane_start(lane) for lane, _ in windows]
+        starts = [max(0, begin) for begin in begins]
+        stops = [min(begin + self._window, length) for begin, length in zip(begins, lengths, strict=True)]
+        sizes = np.array(stops) - np.array(starts)
+        ends = np.cumsum(sizes)
+        firsts = np.array(lane_starts) + np.array(starts)
+        sequence = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(firsts - (ends - sizes), sizes)
+        rows = self._sequence_rows(epoch, sequence)
+        keys = [self._key(f"window:{epoch}:{lane}:{number}") for lane, number in windows]
+        orders = _permutations(sizes, keys)
+        made = []
+        for start, stop, end, order in zip(starts, stops, ends.tolist(), orders, strict=True):
+            own = rows[:, end - (stop - start) : end]
+            # Neighbours in the sequence are of one row group: its first rows name it.
+            groups = own[0, np.flatnonzero(np.diff(own[0], prepend=-1))]
+            made.append(_Window(start=start, stop=stop, rows=own[:, order], groups=groups))
+        return made
+
+    def _sequence_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Rows of the epoch's unshuffled sequence: int64 (2, n), row group and row in it."""
         order, ends = self._epoch(epoch)
-        parts = []
-        while start < stop:
-            place = int(np.searchsorted(ends, start, side="right"))
-            block_start = int(ends[place - 1]) if place else 0
-            groups, group_ends = self._block(epoch, int(order[place]))
-            rows = np.arange(start, min(stop, int(ends[place])), dtype=np.int64) - block_start
-            index = np.searchsorted(group_ends, rows, side="right")
-            in_group = rows - group_ends[index] + self._rows[groups[index]]
-            parts.append(np.stack([groups[index], in_group]))
-            start += len(rows)
-        return np.concatenate(parts, axis=1)
+        places = np.searchsorted(ends, rows, side="right")
+        needed, which = np.unique(places, return_inverse=True)
+        groups, group_ends = self._blocks(epoch, order[needed])
+        in_block = rows - (ends - self._block_rows[order])[places]
+        # One search through all blocks: each one's rows are lifted above those of the blocks before it.
+        above = np.arange(len(needed), dtype=np.int64) * (int(self._block_rows.max()) + 1)
+        index = np.searchsorted((group_ends + above[:, None]).reshape(-1), in_block + above[which], side="right")
+        group = groups.reshape(-1)[index]
+        return np.stack([group, in_block - group_ends.reshape(-1)[index] + self._rows[group]])
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of blocks and where each ends in its sequence of rows."""
         order = self._permutation(len(self._block_rows), f"blocks:{epoch}")
         return order, np.cumsum(self._block_rows[order])
 
-    def _make_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """A block's row groups in their order and where each ends in the block's rows."""
-        start = int(self._block_starts[block])
-        stop = min(start + BLOCK_GROUPS, len(self._rows))
-        groups = start + self._permutation(stop - start, f"groups:{epoch}:{block}")
-        return groups, np.cumsum(self._rows[groups], dtype=np.int64)
+    def _blocks(self, epoch: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks' row groups in their order and where each ends in its block's rows: int64 (blocks, BLOCK_GROUPS).
+
+        The last block may have fewer; what its row is filled up with ends where the block does.
+        """
+        starts = blocks * BLOCK_GROUPS
+        sizes = np.minimum(starts + BLOCK_GROUPS, len(self._rows)) - starts
+        keys = [self._key(f"groups:{epoch}:{block}") for block in blocks.tolist()]
+        groups = np.zeros((len(blocks), int(sizes.max())), dtype=np.int64)
+        rows = np.zeros_like(groups)
+        for i, order in enumerate(_permutations(sizes, keys)):
+            groups[i, : len(order)] = starts[i] + order
+            rows[i, : len(order)] = self._rows[groups[i, : len(order)]]
+        return groups, np.cumsum(rows, axis=1)
 
     def _permutation(self, n: int, purpose: str) -> np.ndarray:
-        """A permutation of n, int64; not numpy's generator, whose streams may change between releases."""
-        key = int.from_bytes(hashlib.sha256(f"{self._identity}:{purpose}".encode()).digest()[:8], "little")
+        """A permutation of n, int64."""
+        return _permutations(np.array([n]), [self._key(purpose)])[0]
+
+    def _key(self, purpose: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self._identity}:{purpose}".encode()).digest()[:8], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A window of one lane: rows start … stop of the lane, shuffled."""
+
+    start: int
+    stop: int
+    rows: np.ndarray  # int64 (2, stop - start): row group and row in it
+    groups: np.ndarray  # int64: the row groups among them
+
+
+def _permutations(sizes: np.ndarray, keys: list[int]) -> list[np.ndarray]:
+    """One permutation of each size, int64; not numpy's generator, whose streams may change between releases."""
+    made: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(keys)
+    seeds = np.array(keys, dtype=np.uint64)
+    for size in np.unique(sizes).tolist():
+        which = np.flatnonzero(sizes == size)
         # No two keys are equal, `_mix` being one to one, so the quicker, unstable sort has one possible outcome.
-        return np.argsort(_mix(np.arange(n, dtype=np.uint64) + np.uint64(key)))
+        orders = np.argsort(_mix(np.arange(size, dtype=np.uint64) + seeds[which, None]), axis=1)
+        for i, order in zip(which.tolist(), orders, strict=True):
+            made[i] = order
+    return made
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

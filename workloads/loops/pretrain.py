@@ -18,6 +18,7 @@ from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.reader import TrainLoader
 from workloads.data.row_groups import check_regions
 from workloads.data.sample_plan import SamplePlan
+from workloads.data.upload import Upload
 from workloads.distributed import sum_over_ranks, wait_for_all
 from workloads.gradient_cache import backward_in_micro_batches
 from workloads.loops.evaluate import RepresentationEvaluation, check_measurable, evaluations_of
@@ -152,6 +153,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     )
     evaluations = evaluations_of(settings, runtime)
     batches = loader.iterate(start_step=step)
+    upload = Upload(runtime.device)
     meter = Meter(loader)
     ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None
     figures: dict[str, float] = {}
@@ -164,7 +166,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
         while step < settings.steps:
             rate = settings.optimizer.lr * rate_at(step, settings.steps, settings.schedule)
             batch = next(batches)
-            metrics = _update(model, objective, optimizer, batch, rate, settings, runtime.device)
+            metrics = _update(model, objective, optimizer, upload(batch), rate, settings, runtime.device)
             objective.after_update(step, settings.steps)
             step += 1
             meter.add(batch, metrics, rate)
@@ -246,7 +248,7 @@ def _update(
 ) -> dict[str, Tensor]:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    views = render_views(batch.to(device), settings)
+    views = render_views(batch, settings)
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         if settings.micro_batch_size is None:
