@@ -26,7 +26,8 @@ class ImageBatch:
 
     def to(self, device: Any, *, non_blocking: bool = True) -> "ImageBatch":
         """The same batch with its tensors on `device`."""
-        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in self._named_tensors()})
+        moved: dict[str, Any] = {n: t.to(device, non_blocking=non_blocking) for n, t in self._named_tensors()}
+        return replace(self, **moved)
 
     def tensors(self) -> list[Tensor]:
         """All that lies on the device."""
