@@ -191,6 +191,10 @@ def last_line(run_id: str, address: str, metrics: Any) -> str:
         headline = f"eval/sga {metrics['eval/sga']:.3f}"
         if "eval/gap_r" in metrics:
             headline += f", eval/gap_r {metrics['eval/gap_r']:.1f}"
+    elif "eval/knn" in metrics:
+        headline = f"eval/knn {metrics['eval/knn']:.3f}"
+        if "eval/linear" in metrics:
+            headline += f", eval/linear {metrics['eval/linear']:.3f}"
     elif "eval/ap50" in metrics:
         headline = f"eval/ap50 {metrics['eval/ap50']:.3f}, eval/ap {metrics.get('eval/ap', float('nan')):.3f}"
     else:

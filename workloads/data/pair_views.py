@@ -171,10 +171,9 @@ def _patches(batch: ImageBatch, images: Tensor, settings: PairViewsConfig, seed:
     index = torch.arange(count, device=draws.device)
     corner = torch.stack([index % patches.grid, index // patches.grid], dim=-1) * cell
     corner = corner + each[..., :2] * (cell - patches.size)
-    # From pixels of the square that is cut to pixels of the image; mirrored squares are cut from their other side.
-    corner_x = torch.where(mirrored[..., None], patches.view_size - patches.size - corner[..., 0], corner[..., 0])
+    # From pixels of the square that is cut to pixels of the image. Which cell of a mirrored square it was, the shuffling forgets.
     scale = (box[..., 2:] - box[..., :2])[..., None, :] / patches.view_size
-    low = box[..., None, :2] + torch.stack([corner_x, corner[..., 1]], dim=-1) * scale
+    low = box[..., None, :2] + corner * scale
     boxes = torch.cat([low, low + patches.size * scale], dim=-1).flatten(1, 2)
     flips = mirrored[..., None].expand(-1, -1, count).flatten(1, 2)
     rendered = _render(images, boxes, flips, patches.size)

@@ -100,7 +100,7 @@ def detcon_loss(
     counts = row_counts(online.shape[0], online.device)
     everybody, images, all_shown = (gather_rows(x, counts) for x in (target, image, shown))
 
-    same_region = (regions[:, 0, :, None] == regions[:, 1, None, :]) & shown[:, 0, :, None] & shown[:, 1, None, :]
+    same_region = regions[:, 0, :, None] == regions[:, 1, None, :]  # rows of no region are not counted below
     positives = torch.stack([same_region, same_region.transpose(1, 2)], dim=1)  # (b, 2, M, M)
     num_positives = positives.sum(-1)
     own = torch.einsum("bvmd,bvkd->bvmk", online, target.flip(1)) / temperature
