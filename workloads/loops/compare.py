@@ -161,21 +161,25 @@ def table(rows: list[ComparedRun]) -> str:
         f"kNN and linear probe: mean over classes, {test_images} images; chance {100 * (first.last('eval/knn_chance') or 0):.1f} %, "
         f"thumbnails without any network {100 * (first.last('eval/knn_pixel') or 0):.1f} %.",
         "",
-        "| run | images × epochs' steps | GFLOPs an image | images/s | loss | kNN untrained | kNN | gain, paired | linear | computing to "
-        f"{first.name}'s kNN |",
+        "| run | images trained on | GFLOPs an image | images/s | loss | kNN | over untrained, paired | linear | over untrained, paired "
+        f"| computing to {first.name}'s kNN |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         record = row.record
         steps = record.settings.steps
         speed = np.median([value for _, value in record.curves["train/images_per_s"]])
-        untrained = 100 * record.curves["eval/knn"][0][1]
         reached = "not reached" if row.computing_to_baseline is None else f"{row.computing_to_baseline:.2f} ×"
-        lines.append(
-            f"| {record.name} | {steps * record.settings.global_batch_size:,} in {steps} steps | "
-            f"{row.flops_per_image / 1e9:.2f} | {speed:.1f} | {record.curves['train/loss'][0][1]:.2f} → {record.last('train/loss'):.2f} | "
-            f"{untrained:.1f} | {_with_interval(record, 'knn')} | {_gain(row, 'knn')} | {_with_interval(record, 'linear')} | {reached} |"
-        )
+        cells = [
+            record.name,
+            f"{steps * record.settings.global_batch_size:,} in {steps} steps",
+            f"{row.flops_per_image / 1e9:.2f}",
+            f"{speed:.1f}",
+            f"{record.curves['train/loss'][0][1]:.2f} → {record.last('train/loss'):.2f}",
+            *(shown for name in ("knn", "linear") for shown in (_with_interval(record, name), _gain(row, name))),
+            reached,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

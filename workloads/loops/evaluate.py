@@ -161,7 +161,7 @@ class RepresentationEvaluation:
         """Measure `model.trunk` and report its figures at `step`, with each test image's hits as an artifact.
 
         Args:
-            final: whether the linear probe is trained, too.
+            final: whether the linear probe is trained, too; it is at step 0, from which gains are counted.
 
         Returns:
             The figures on rank 0; nothing elsewhere.
@@ -173,7 +173,7 @@ class RepresentationEvaluation:
         figures: dict[str, float] = {}
         folder = None
         if self.runtime.rank == 0:
-            linear = final and self.settings.linear
+            linear = (final or step == 0) and self.settings.linear
             figures, hits = representation.measure(train, train_labels, test, test_labels, self.settings, linear=linear)
             folder = new_folder()
             (folder / "report").mkdir(parents=True)

@@ -43,7 +43,7 @@ class RepresentationConfig:
     vote_temperature: Annotated[float, Field(gt=0)] = 0.07
     """A neighbour's vote is e^(cosine / this)."""
     linear: bool = True
-    """Whether a linear probe is trained, too, when the run ends."""
+    """Whether a linear probe is trained, too, at the start and when the run ends."""
     seed: int = 101
     """Seed of the choice of images and of the bootstrap."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
