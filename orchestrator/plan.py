@@ -1,5 +1,6 @@
 """What a run will read, write, hold and take, before anything is spent on it."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,8 +276,7 @@ def measure(experiment: AnyExperiment) -> Calibration:
                 stderr=stderr,
                 env={**os.environ, "OMP_NUM_THREADS": str(experiment.scaling.threads)},
             )
-            _, status, usage = os.wait4(process.pid, 0)  # of all ways to wait, the one that tells the peak memory
-        process.returncode = os.waitstatus_to_exitcode(status)
+            peak_bytes = _wait_and_watch(process)
         if process.returncode != 0:
             reason = (errors.read_text(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[
                 -1
@@ -294,9 +295,24 @@ def measure(experiment: AnyExperiment) -> Calibration:
         step_s=step_s,
         data_wait_share=statistics.mean(record["train/data_wait_share"] for record in timed),
         image_evaluation_s=evaluation_s,
-        peak_bytes=usage.ru_maxrss * 1024,
+        peak_bytes=peak_bytes,
         checkpoint_bytes=meta["state_bytes"],
     )
+
+
+def _wait_and_watch(process: "subprocess.Popen[bytes]") -> int:
+    """Wait for `process`; returns its peak resident memory, bytes.
+
+    The system's own account of a child (ru_maxrss) begins with what its parent held when it was started.
+    """
+    import psutil
+
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            peak = max(peak, psutil.Process(process.pid).memory_info().rss)
+        time.sleep(0.02)
+    return peak
 
 
 def _bytes(count: float) -> str:

@@ -1,6 +1,6 @@
 """Reductions over the global batch: the loss and its gradient are the same on any number of ranks."""
 
-import functools
+import weakref
 from typing import Any
 
 import torch
@@ -27,16 +27,22 @@ def row_counts(rows: int, device: torch.device) -> list[int]:
     """
     if world_size() == 1:
         return [rows]
-    group = _host_group(dist.group.WORLD) if device.type != "cpu" else None
+    group = _host_group() if device.type != "cpu" else None
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64), group=group)
     return [int(count) for count in counts]
 
 
-@functools.lru_cache(maxsize=1)
-def _host_group(world: dist.ProcessGroup) -> Any:
-    """All ranks of `world` once more, for tensors on the host; made at the first use, by every rank at the same place."""
-    return dist.new_group(backend="gloo")
+# Weak, because a group that outlives its world has threads that outlive the interpreter, which aborts.
+_host_groups: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+
+
+def _host_group() -> Any:
+    """All ranks once more, for tensors on the host; made at the first use, by every rank at the same place."""
+    world = dist.group.WORLD
+    if world not in _host_groups:
+        _host_groups[world] = dist.new_group(backend="gloo")
+    return _host_groups[world]
 
 
 class _GatherRows(torch.autograd.Function):

@@ -96,7 +96,7 @@ def test_a_build_on_s3_is_the_local_one_and_reads_the_same(uri, dataset):
 def test_ray_builds_on_s3_what_one_process_does(bucket, dataset, folder):
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         manifest = build_dataset(build_to(f"s3://{bucket}/ray", folder), on_ray=True)
     finally:

@@ -12,7 +12,7 @@ from tests.data.test_views import batch_of
 from tests.oracles import grid_accuracy as oracle
 from workloads.config import ConfigError
 from workloads.data.decode import decode_batch
-from workloads.metrics import grid_accuracy
+from workloads.metrics.bootstrap import interval
 from workloads.metrics.grid_accuracy import (
     MEAN_MAP,
     GridAccuracyConfig,
@@ -213,7 +213,9 @@ def test_padding_counts_nowhere_and_shares_do_not_matter():
 
 def test_interval_narrows_with_images_and_pairs_what_is_paired():
     g = np.random.default_rng(0)
-    wide, narrow = (grid_accuracy.interval(lambda w, v=g.random(n): w @ v / w.sum(1), n, PROTOCOL) for n in (20, 2000))
+    wide, narrow = (
+        interval(lambda w, v=g.random(n): w @ v / w.sum(1), n, seed=0, resamples=PROTOCOL.bootstrap) for n in (20, 2000)
+    )
     assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
     hits = (g.random((50, 4)) < 0.5).astype(np.float32)
     better = np.maximum(hits, (g.random((50, 4)) < 0.1).astype(np.float32))
