@@ -124,7 +124,7 @@ def job_name(experiment: AnyExperiment) -> str:
     """A submission id: readable, and never used before."""
     stamp = time.strftime("%m%d-%H%M%S")
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", experiment.tracking.run_name or experiment.name)[:60]
-    return f"{name}-{config_hash(experiment.science)[:6]}-{stamp}-{secrets.token_hex(2)}"
+    return f"{name}-{config_hash(experiment.science)[:6]}-{stamp}-{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager
