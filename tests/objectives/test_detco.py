@@ -10,7 +10,7 @@ from tests.oracles import detco as oracle
 from workloads.gradient_cache import backward_in_micro_batches
 from workloads.models.backbone import STAGES, BackboneConfig
 from workloads.models.momentum import KeyQueue
-from workloads.objectives.detco import DetCo, DetCoConfig, queue_contrast
+from workloads.objectives.detco import DetCo, DetCoConfig, queue_contrast, statistics_groups
 
 
 def model_of(queue_size: int = 8, norm: str = "group", **knobs) -> DetCo:
@@ -143,3 +143,31 @@ def test_micro_batches_give_the_same_loss_gradients_and_queues():
         if a.requires_grad:
             torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=5e-5 * float(a.grad.abs().max()), msg=name)
     torch.testing.assert_close(queues_of(cached), queues_of(whole), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 70), groups=st.integers(1, 9))
+def test_groups_of_statistics_hold_each_row_once_and_those_of_keys_mix_those_of_queries(rows, groups):
+    queries, keys = (
+        [list(range(rows))[part] for part in statistics_groups(rows, groups, of_keys=kind)] for kind in (False, True)
+    )
+    for parts in (queries, keys):
+        assert sorted(row for part in parts for row in part) == list(range(rows))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1 and len(parts) == min(rows, groups)
+    common = [len(set(a) & set(b)) for a in queries for b in keys]
+    assert max(common) - min(common) <= 1
+
+
+def test_statistics_come_from_the_groups_alone():
+    model, views = model_of(norm="batch", statistics_groups=2), pair_views_of(6, patches=4)
+    found = model.embed(views)
+    for name, networks, view, rows in (
+        ("queries", model.online, 0, [3, 4, 5]),
+        ("keys", model.target, 1, [1, 3, 5]),
+    ):
+        alone = networks(views.images[rows, view], views.patches[rows, view])
+        torch.testing.assert_close(found[name][rows], alone, rtol=1e-4, atol=1e-5)
+    whole = model_of(norm="batch", statistics_groups=1).embed(views)
+    assert (found["queries"] - whole["queries"]).abs().max() > 1e-3  # so the groups matter
+    found["queries"].sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.online.parameters() if p.grad is not None)

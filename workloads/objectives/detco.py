@@ -8,8 +8,8 @@ levels' weights 0.1, 0.4, 0.7, 1.0; SGD, 0.03 at a batch of 256, cosine.
 Our choice, where the paper is silent or another fits better: heads are Linear–ReLU–Linear as in MoCo v2; the hidden width of the
 local heads is set apart from the global ones', because at res5 of a ResNet-50 nine patches are 18,432 features, and a
 hidden layer of 2,048 over them would hold 38 million weights, more than the trunk; patches get colour jitter and grey, no blur;
-keys that are no negatives yet (a queue that is not full) are left out instead of being random; statistics are kept from telling
-keys of this step from keys of the queue by `backbone.norm: sync_batch` or `group` rather than by shuffling batches.
+keys that are no negatives yet (a queue that is not full) are left out instead of being random; Shuffle-BN happens inside each
+worker (`statistics_groups`), which needs no communication and works on one device.
 """
 
 from collections.abc import Mapping
@@ -53,6 +53,9 @@ class DetCoConfig:
     """Hidden width of the heads over whole views."""
     local_hidden: Annotated[int, Field(ge=8)] = 512
     """Hidden width of the heads over sets of patches."""
+    statistics_groups: Annotated[int, Field(ge=1)] = 4
+    """With backbone.norm=batch: parts of a worker's share that are normalised each by its own statistics, other parts for the
+    keys than for the queries (Shuffle-BN); with 1 a query can tell its key from the queue's by the statistics they share."""
 
 
 def queue_contrast(
@@ -73,6 +76,18 @@ def queue_contrast(
     logits = torch.cat([positive, negative], dim=1) / temperature
     found = logits[:, 0] >= logits.max(1).values
     return (logits.logsumexp(1) - logits[:, 0]) * valid, found & valid
+
+
+def statistics_groups(rows: int, groups: int, *, of_keys: bool) -> list[slice]:
+    """Which rows are normalised together: consecutive ones for queries, every `groups`-th for keys.
+
+    The order of images is random at every step, so fixed groups are as good as drawn ones; each group of keys shares as many
+    images with every group of queries, as evenly as the numbers allow.
+    """
+    groups = min(groups, rows)
+    if of_keys:
+        return [slice(first, rows, groups) for first in range(groups)]
+    return [slice(rows * g // groups, rows * (g + 1) // groups) for g in range(groups)]
 
 
 class _Heads(nn.Module):
@@ -128,11 +143,21 @@ class DetCo(nn.Module):
 
     def embed(self, views: PairViews) -> dict[str, Tensor]:
         """`queries` from the first view and its patches, `keys` from the second: (B, 2 kinds, 4 levels, D), normalised."""
-        assert views.patches is not None
-        queries = self.online(views.images[:, 0], views.patches[:, 0])
+        queries = self._embedded(self.online, views, view=0)
         with torch.no_grad():
-            keys = self.target(views.images[:, 1], views.patches[:, 1])
+            keys = self._embedded(self.target, views, view=1)
         return {"queries": queries, "keys": keys}
+
+    def _embedded(self, networks: nn.Module, views: PairViews, *, view: int) -> Tensor:
+        assert views.patches is not None
+        images, patches = views.images[:, view], views.patches[:, view]
+        parts = self.settings.statistics_groups if self.trunk.settings.norm == "batch" else 1
+        found = images.new_empty(
+            images.shape[0], len(_KINDS), len(STAGES), self.settings.projection_dim, dtype=torch.float32
+        )
+        for rows in statistics_groups(images.shape[0], parts, of_keys=view == 1):
+            found[rows] = networks(images[rows], patches[rows])
+        return found
 
     def loss(self, embeddings: Mapping[str, Tensor], views: PairViews) -> StepResult:
         """The loss of what `embed` returned; its keys enter the queues at `after_update`."""
