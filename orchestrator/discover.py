@@ -36,13 +36,12 @@ from workloads.loops.discover import (
     DiscoverConfig,
     Job,
     MatchConfig,
-    VitTrunkConfig,
     finished_record,
     prepare,
 )
 from workloads.loops.discover_part import PartWorker
 from workloads.loops.discovered import DiscoveryError, finish
-from workloads.trunks import CheckpointTrunkConfig, SupervisedTrunkConfig
+from workloads.trunks import CheckpointTrunkConfig, SupervisedTrunkConfig, VitTrunkConfig
 
 Progress = Callable[[int, int], None]
 """Told (images done, images in all)."""

@@ -1,4 +1,4 @@
-"""Where a detector's trunk comes from: a pretraining run's checkpoint, torchvision's supervised weights, or nowhere."""
+"""Where a trunk comes from: a pretraining run's checkpoint, torchvision's supervised weights, a transformer's file, or nowhere."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,26 +9,23 @@ from pydantic import Field
 from workloads.checkpoint import CheckpointError
 from workloads.config import ConfigError, config
 from workloads.data.filesystems import DataError, resolve_uri
-from workloads.models.backbone import BackboneConfig, Trunk
+from workloads.models.backbone import BackboneConfig, Trunk, make_trunk
+from workloads.models.vit import VitConfig, VitTrunk
 from workloads.spec import load_trunk
 
 
 @config
 class RandomTrunkConfig:
-    """Freshly initialised, from the run's seed."""
+    """Random weights, from the run's seed: the row that has learnt nothing."""
 
     kind: Literal["random"] = "random"
     """Which trunk."""
     backbone: BackboneConfig = BackboneConfig()
 
-    def __post_init__(self) -> None:
-        if self.backbone.is_vit:
-            raise ConfigError("trunk.backbone.name: the detectors stand on a ResNet")
-
 
 @config
 class CheckpointTrunkConfig:
-    """The full view's trunk of a pretraining run."""
+    """The trunk of a pretraining run, the full view's where there are two."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     """Which trunk."""
@@ -48,11 +45,22 @@ class SupervisedTrunkConfig:
     """File (path or URI) of the state dict, as torchvision publishes it; null: torchvision's own download."""
 
 
-AnyTrunk = RandomTrunkConfig | CheckpointTrunkConfig | SupervisedTrunkConfig
+@config
+class VitTrunkConfig:
+    """A vision transformer: random, timm's weights, or a local file such as DINO's."""
+
+    kind: Literal["vit"] = "vit"
+    """Which trunk."""
+    vit: VitConfig = VitConfig()
+
+
+AnyResNetTrunk = RandomTrunkConfig | CheckpointTrunkConfig | SupervisedTrunkConfig
+AnyTrunk = AnyResNetTrunk | VitTrunkConfig
+ResNetTrunkConfig = Annotated[AnyResNetTrunk, Field(discriminator="kind")]
 TrunkConfig = Annotated[AnyTrunk, Field(discriminator="kind")]
 
 
-def make_trunk(settings: AnyTrunk) -> Trunk:
+def load(settings: AnyTrunk) -> Trunk | VitTrunk:
     """The trunk on the CPU; a random one from the global RNG.
 
     Raises:
@@ -60,9 +68,9 @@ def make_trunk(settings: AnyTrunk) -> Trunk:
     """
     match settings:
         case RandomTrunkConfig():
-            return Trunk(settings.backbone)
+            return make_trunk(settings.backbone)
         case CheckpointTrunkConfig():
-            return load_checkpoint_trunk(settings.uri)
+            return _checkpoint_trunk(settings.uri)
         case SupervisedTrunkConfig():
             trunk = Trunk(BackboneConfig(name=settings.name))
             state = _supervised_state(settings)
@@ -71,25 +79,32 @@ def make_trunk(settings: AnyTrunk) -> Trunk:
             except (RuntimeError, AttributeError) as error:
                 raise ConfigError(f"trunk.file: {_short(error)}; give {settings.name}'s state dict") from None
             return trunk
+        case VitTrunkConfig():
+            return VitTrunk(settings.vit)
 
 
-def load_checkpoint_trunk(uri: str) -> Trunk:
-    """The ResNet trunk of the pretraining checkpoint at `uri`, on the CPU.
+def load_resnet(settings: AnyResNetTrunk) -> Trunk:
+    """As `load`, for what stands on feature maps of four scales.
 
     Raises:
-        ConfigError: there is none, it is damaged, or its trunk is no ResNet.
+        ConfigError: as `load`, or the trunk is a transformer.
     """
+    trunk = load(settings)
+    if not isinstance(trunk, Trunk):
+        key = "backbone.name" if isinstance(settings, RandomTrunkConfig) else "uri"
+        raise ConfigError(f"trunk.{key}: a transformer, and the detectors stand on a ResNet")
+    return trunk
+
+
+def _checkpoint_trunk(uri: str) -> Trunk | VitTrunk:
     try:
-        trunk = load_trunk(uri)
+        return load_trunk(uri)
     except (CheckpointError, DataError, OSError) as error:
         raise ConfigError(f"trunk.uri: {uri} is not a checkpoint ({_short(error)})") from None
     except ConfigError as error:
         raise ConfigError(f"trunk.uri: {uri} is not of a pretraining run ({error})") from None
     except RuntimeError as error:
         raise ConfigError(f"trunk.uri: {uri} holds other networks than its configuration ({_short(error)})") from None
-    if not isinstance(trunk, Trunk):
-        raise ConfigError(f"trunk.uri: {uri} holds no ResNet, which the detectors need")
-    return trunk
 
 
 def _supervised_state(settings: SupervisedTrunkConfig) -> dict[str, Any]:

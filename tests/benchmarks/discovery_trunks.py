@@ -17,6 +17,9 @@ import sys
 from pathlib import Path
 
 from orchestrator.discover import table
+from workloads.config import apply_overrides, build, parse_overrides
+from workloads.loops.discover import DiscoverConfig, trunk_of
+from workloads.models.vit import VitTrunk
 
 EXPERIMENT = Path(__file__).parents[2] / "orchestrator" / "experiments" / "finetune_retinanet_coco.yaml"
 
@@ -60,9 +63,10 @@ def main() -> None:
     result: dict[str, dict[str, dict[str, float]]] = {}
     for name, keys in options.trunk:
         trunk, work = keys.split(","), (options.work / name).resolve()
-        is_vit = any(part in ("kind=vit",) or part.endswith(("vit_tiny", "vit_small")) for part in trunk)
-        methods = [m for m in options.methods.split(",") if is_vit or m != "cls_attention"]
         common = [*(f"trunk.{part}" for part in trunk), *options.overrides]
+        settings = build(DiscoverConfig, apply_overrides({"uri": val}, parse_overrides(common)))
+        is_vit = isinstance(trunk_of(settings), VitTrunk)
+        methods = [m for m in options.methods.split(",") if is_vit or m != "cls_attention"]
         clusters = [f"clusters.count={options.clusters}"] if options.clusters else []
         asked = f"methods=[{','.join(methods)}]"
         result[name] = {

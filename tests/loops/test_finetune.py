@@ -110,17 +110,17 @@ def test_the_trunk_begins_with_the_checkpoints_weights_and_the_head_is_the_same_
 def test_a_state_dict_of_torchvisions_is_a_supervised_trunk(coco, tmp_path):
     import torchvision
 
-    from workloads.trunks import SupervisedTrunkConfig, make_trunk
+    from workloads.trunks import SupervisedTrunkConfig, load_resnet
 
     torch.manual_seed(3)
     plain = torchvision.models.resnet18()
     torch.save(plain.state_dict(), tmp_path / "resnet18.pth")
-    trunk = make_trunk(SupervisedTrunkConfig(file=str(tmp_path / "resnet18.pth")))
+    trunk = load_resnet(SupervisedTrunkConfig(file=str(tmp_path / "resnet18.pth")))
     assert torch.equal(trunk.body.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
     for name, message in (("resnet34", "give resnet34's state dict"), ("resnet18", "cannot be read")):
         path = tmp_path / ("resnet18.pth" if name == "resnet34" else "missing.pth")
         with pytest.raises(ConfigError, match=f"trunk.file: .*{message}"):
-            make_trunk(SupervisedTrunkConfig(name=name, file=str(path)))
+            load_resnet(SupervisedTrunkConfig(name=name, file=str(path)))
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn_c4"])

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import torch
 from pydantic import Field, PositiveInt
 
-from workloads import spec, trunks
+from workloads import trunks
 from workloads.checkpoint import CheckpointError, read_meta
 from workloads.config import ConfigError, config, to_dict
 from workloads.data.filesystems import DataError, read_bytes, resolve_uri
@@ -24,37 +24,15 @@ from workloads.discovery.lost import LostConfig
 from workloads.discovery.pseudo_boxes import read_boxes
 from workloads.discovery.tokencut import TokenCutConfig
 from workloads.metrics.corloc import CorLocConfig
-from workloads.models import backbone
-from workloads.models.backbone import BackboneConfig, Trunk
-from workloads.models.vit import VitConfig, VitTrunk
-from workloads.trunks import CheckpointTrunkConfig, SupervisedTrunkConfig
+from workloads.models.backbone import Trunk
+from workloads.models.vit import VitTrunk
+from workloads.trunks import CheckpointTrunkConfig, TrunkConfig, VitTrunkConfig
 
 Method = Literal["lost", "tokencut", "cls_attention", "whole", "centre", "random", "felzenszwalb", "file", "detector"]
 NEEDS_TRUNK: tuple[Method, ...] = ("lost", "tokencut", "cls_attention")
 
 RECORD = "figures.json"
 """Written last: with it, a discovery is finished."""
-
-
-@config
-class UntrainedTrunkConfig:
-    """Random weights, from the seed: the row that has learnt nothing."""
-
-    kind: Literal["random"] = "random"
-    """Which trunk."""
-    backbone: BackboneConfig = BackboneConfig()
-
-
-@config
-class VitTrunkConfig:
-    """A vision transformer: random, timm's weights, or a local file such as DINO's."""
-
-    kind: Literal["vit"] = "vit"
-    """Which trunk."""
-    vit: VitConfig = VitConfig()
-
-
-AnyDiscoveryTrunk = UntrainedTrunkConfig | CheckpointTrunkConfig | SupervisedTrunkConfig | VitTrunkConfig
 
 
 @config
@@ -79,7 +57,7 @@ class DiscoverConfig:
     """Dataset made by `orchestrator data build`, a folder or s3:// address."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("lost",)
     """Ways to find one box an image; the first one's are clustered, and its figures are the headline."""
-    trunk: Annotated[AnyDiscoveryTrunk, Field(discriminator="kind")] | None = None
+    trunk: TrunkConfig | None = None
     """Needed by lost, tokencut, cls_attention and the clusters."""
     stride: Literal[8, 16, 32] = 16
     """Pixels between the cells of a ResNet's last map; less than 32 by dilation. A transformer has its patch's."""
@@ -130,36 +108,20 @@ class DiscoverConfig:
         return self.clusters.count is not None or any(method in NEEDS_TRUNK for method in self.methods)
 
 
-def make_trunk(settings: DiscoverConfig) -> Trunk | VitTrunk:
+def trunk_of(settings: DiscoverConfig) -> Trunk | VitTrunk:
     """The trunk, in eval mode; random weights are those of the seed.
 
     Raises:
         ConfigError: weights that cannot be had, or a ResNet where CLS attention is asked for.
     """
-    state = torch.get_rng_state()
-    torch.manual_seed(settings.seed)
-    try:
-        trunk = _trunk_of(settings.trunk).eval()
-    except (CheckpointError, DataError, OSError) as error:
-        raise ConfigError(f"trunk: {' '.join(str(error).split())}") from None
-    finally:
-        torch.set_rng_state(state)
+    if settings.trunk is None:
+        raise ConfigError("trunk.kind: say whose features are to be looked at")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        trunk = trunks.load(settings.trunk).eval()
     if "cls_attention" in settings.methods and not isinstance(trunk, VitTrunk):
         raise ConfigError("methods: cls_attention needs a transformer, and this trunk is a ResNet")
     return trunk
-
-
-def _trunk_of(settings: AnyDiscoveryTrunk | None) -> Trunk | VitTrunk:
-    match settings:
-        case UntrainedTrunkConfig():
-            return backbone.make_trunk(settings.backbone)
-        case CheckpointTrunkConfig():
-            return spec.load_trunk(settings.uri)
-        case SupervisedTrunkConfig():
-            return trunks.make_trunk(settings)
-        case VitTrunkConfig():
-            return VitTrunk(settings.vit)
-    raise ConfigError("trunk.kind: say whose features are to be looked at")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from workloads.discovery.features import PatchExtractor, PatchFeatures, cells_to
 from workloads.discovery.lost import lost
 from workloads.discovery.pseudo_boxes import read_boxes
 from workloads.discovery.tokencut import tokencut
-from workloads.loops.discover import NEEDS_TRUNK, DiscoverConfig, Job, Method, make_trunk
+from workloads.loops.discover import NEEDS_TRUNK, DiscoverConfig, Job, Method, trunk_of
 from workloads.loops.finetune import load_detector
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, imagenet_normalized
 from workloads.types import ImageBatch
@@ -51,7 +51,7 @@ class PartWorker:
         self._dataset = open_dataset(job.settings.uri)
         self._extractor: PatchExtractor | None = None
         if job.settings.uses_trunk:
-            trunk = make_trunk(job.settings)
+            trunk = trunk_of(job.settings)
             self._extractor = PatchExtractor(trunk, stride=job.settings.stride).eval().to(self._device)
         self._detecting = None
         if job.settings.detector is not None:

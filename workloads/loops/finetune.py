@@ -40,7 +40,7 @@ from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfi
 from workloads.models.detector import Detector, DetectorConfig
 from workloads.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
 from workloads.runtime import Runtime
-from workloads.trunks import RandomTrunkConfig, TrunkConfig, make_trunk
+from workloads.trunks import RandomTrunkConfig, ResNetTrunkConfig, load_resnet
 
 
 @config
@@ -86,7 +86,7 @@ class FinetuneConfig:
     """Which images a fraction takes."""
     keep_empty: bool = False
     """Whether images without an object are trained on, too."""
-    trunk: TrunkConfig = RandomTrunkConfig()
+    trunk: ResNetTrunkConfig = RandomTrunkConfig()
     views: DetectionViewsConfig = DetectionViewsConfig()
     detector: DetectorConfig = DetectorConfig()
     optimizer: OptimizerConfig = SGDConfig(lr=0.01)
@@ -164,7 +164,7 @@ def preflight(settings: FinetuneConfig, world_size: int) -> Preflight:
             f"scaling.num_workers: {world_size} workers are more than the {labelled.plan.lanes} lanes of the sample plan; "
             "use fewer workers, or a larger data.lanes (a divisor of global_batch_size)"
         )
-    trunk = make_trunk(settings.trunk)
+    trunk = load_resnet(settings.trunk)
     has_batch_norm = any(type(module) is nn.BatchNorm2d for module in trunk.modules())
     local = has_batch_norm and settings.detector.statistics == "batch"
     if world_size > 1 and local and not settings.allow_local_statistics:
@@ -193,7 +193,7 @@ def build_detector(settings: FinetuneConfig, categories: tuple[str, ...]) -> Det
     Raises:
         ConfigError: there is no such trunk.
     """
-    trunk = make_trunk(settings.trunk)
+    trunk = load_resnet(settings.trunk)
     torch.manual_seed(stream(settings.seed, "detector"))  # the head is the same whatever the trunk took
     return Detector(settings.detector, trunk, categories)
 

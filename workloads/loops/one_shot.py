@@ -22,7 +22,7 @@ from workloads.models.backbone import Trunk
 from workloads.reports.gallery import draw_gallery
 from workloads.runtime import Runtime, new_folder
 from workloads.spec import PretrainConfig, build_objective, load_model
-from workloads.trunks import SupervisedTrunkConfig, make_trunk
+from workloads.trunks import SupervisedTrunkConfig, load_resnet
 from workloads.types import ImageBatch
 
 
@@ -65,7 +65,7 @@ def one_shot_of(
     objects = dict(list(read_objects(dataset).items())[: settings.limit])
     models = {"model": grid_model(objective, protocol)}
     if settings.supervised is not None:
-        trunk = make_trunk(settings.supervised).to(runtime.device).eval()
+        trunk = load_resnet(settings.supervised).to(runtime.device).eval()
         models["supervised"] = TrunkMatcher(trunk, protocol.stage)
     models |= _untrained(run, protocol, runtime.device)
     batches = _passes(dataset, settings, runtime)
