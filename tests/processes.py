@@ -1,5 +1,6 @@
 """Real gloo processes for tests: run one function on W ranks and return what each rank returned."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -27,5 +28,8 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *a
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_enter, (world_size, port, str(folder), function, arguments), nprocs=world_size)
+    # The server imports once what every rank of every test would; ranks are forks of it.
+    multiprocessing.set_forkserver_preload(["workloads.loops.pretrain", "workloads.loops.finetune"])
+    entered = (world_size, port, str(folder), function, arguments)
+    mp.start_processes(_enter, entered, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
