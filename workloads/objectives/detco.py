@@ -5,7 +5,7 @@ each of res2 to res5, the local one over the concatenated features of the patche
 65,536 for each level and kind; three contrasts a level (global to global, local to local, local query to global key); the
 levels' weights 0.1, 0.4, 0.7, 1.0; SGD, 0.03 at a batch of 256, cosine.
 
-Our choice, where the paper is silent or another fits better: heads are Linear–ReLU–Linear as in MoCo v2; the hidden width of the
+Our choice, where the paper is silent or another fits better: heads are Linear–ReLU–Linear as in MoCo v2, with a norm between where asked; the hidden width of the
 local heads is set apart from the global ones', because at res5 of a ResNet-50 nine patches are 18,432 features, and a
 hidden layer of 2,048 over them would hold 38 million weights, more than the trunk; patches get colour jitter and grey, no blur;
 keys that are no negatives yet (a queue that is not full) are left out instead of being random; Shuffle-BN happens inside each
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from workloads.config import config
 from workloads.distributed import averaged, gather_rows, global_mean, row_counts
-from workloads.models.backbone import STAGES, BackboneConfig, Trunk, imagenet_normalized
+from workloads.models.backbone import STAGES, BackboneConfig, Trunk, imagenet_normalized, vector_norm
 from workloads.models.momentum import KeyQueue, follow, target_of
 from workloads.types import PairViews, StepResult
 
@@ -53,6 +53,9 @@ class DetCoConfig:
     """Hidden width of the heads over whole views."""
     local_hidden: Annotated[int, Field(ge=8)] = 512
     """Hidden width of the heads over sets of patches."""
+    head_norm: bool = False
+    """Whether the heads' hidden layers are normalised, as SimCLR's are and MoCo's are not: without it, embeddings of untrained
+    heads are nearly alike, and the first epochs are spent on telling them apart."""
     statistics_groups: Annotated[int, Field(ge=1)] = 4
     """With backbone.norm=batch: parts of a worker's share that are normalised each by its own statistics, other parts for the
     keys than for the queries (Shuffle-BN); with 1 a query can tell its key from the queue's by the statistics they share."""
@@ -99,7 +102,8 @@ class _Heads(nn.Module):
         dim = settings.projection_dim
 
         def head(channels: int, hidden: int) -> nn.Module:
-            return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+            norm = vector_norm(backbone.norm, hidden) if settings.head_norm else nn.Identity()
+            return nn.Sequential(nn.Linear(channels, hidden), norm, nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
         widths = dict(zip(STAGES, self.trunk.channels, strict=True))
         self.whole = nn.ModuleDict({stage: head(width, settings.global_hidden) for stage, width in widths.items()})
