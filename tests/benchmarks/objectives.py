@@ -9,7 +9,6 @@ resident memory is reported; operations are counted for one image.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.benchmarks.process_memory import peak_mib
 from workloads.config import build, read_yaml
 from workloads.loops.compare import flops_per_image
 from workloads.spec import ORCHESTRATOR_SECTIONS, PretrainConfig, build_objective, render_views
@@ -77,7 +79,7 @@ def measure(name: str, size: int, repetitions: int) -> dict[str, float]:
         "networks_s": medians["networks"],
         "overhead": medians["whole"] / medians["networks"],
         "images_per_s": size / medians["whole"],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "gflops_per_image": flops_per_image(settings) / 1e9,
     }
 

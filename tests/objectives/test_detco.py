@@ -171,3 +171,13 @@ def test_statistics_come_from_the_groups_alone():
     assert (found["queries"] - whole["queries"]).abs().max() > 1e-3  # so the groups matter
     found["queries"].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.online.parameters() if p.grad is not None)
+
+
+def test_heads_with_a_norm_tell_images_apart_from_the_start():
+    def likeness(head_norm: bool) -> float:
+        model = model_of(norm="batch", head_norm=head_norm, statistics_groups=1)
+        with torch.no_grad():
+            found = model.embed(pair_views_of(8, patches=4))["queries"][:, 0, -1]
+        return float((found @ found.T).triu(1).sum() / 28)
+
+    assert likeness(True) < 0.5 < 0.8 < likeness(False)
