@@ -102,7 +102,7 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
     from workloads.data.filesystems import StoreUnavailableError, is_outage
     from workloads.data.manifest import DataError
     from workloads.data.sample_plan import PlanError
-    from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
+    from workloads.loops.steps import NonFiniteLossError, RunStoppedError
 
     text = str(cause)
     match cause:

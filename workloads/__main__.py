@@ -16,7 +16,7 @@ from workloads.loops.discover import DiscoverConfig
 from workloads.loops.discovered import DiscoveryError, discover
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
 from workloads.loops.one_shot import OneShotRunConfig, one_shot
-from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
+from workloads.loops.steps import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
 
 _LOG = logging.getLogger("workloads")

@@ -95,7 +95,7 @@ def _decoded(images: Sequence[bytes] | np.ndarray) -> ImageBatch:
         pixels, content_hw, source_hw, valid = decode_batch(list(images), decode_size=None, pool=pool)
     if not bool(valid.all()):
         raise DecodeError(f"image {int((~valid).nonzero()[0])} of the batch is no readable image")
-    return _batch(pixels, content_hw, source_hw)
+    return ImageBatch.of(pixels, content_hw=content_hw, source_hw=source_hw)
 
 
 def _as_tensor(images: np.ndarray) -> Tensor:
@@ -108,21 +108,7 @@ def _as_tensor(images: np.ndarray) -> Tensor:
 
 def _as_batch(images: np.ndarray) -> ImageBatch:
     pixels = (_as_tensor(images).clamp(0, 1) * 255).round().to(torch.uint8)
-    size = torch.tensor(pixels.shape[-2:]).expand(len(pixels), 2)
-    return _batch(pixels, size, size)
-
-
-def _batch(pixels: Tensor, content_hw: Tensor, source_hw: Tensor) -> ImageBatch:
-    count = len(pixels)
-    return ImageBatch(
-        images=pixels,
-        content_hw=content_hw,
-        source_hw=source_hw,
-        image_ids=tuple(str(i) for i in range(count)),
-        positions=torch.arange(count),
-        valid=torch.ones(count, dtype=torch.bool),
-        epoch=0,
-    )
+    return ImageBatch.of(pixels)
 
 
 def _stretched(batch: ImageBatch, side: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,21 @@ class ImageBatch:
     epoch: int
     regions: Tensor | None = None  # int32 (B, H, W): number of each pixel's region, from 1 in each image; 0: of none
     num_regions: int = 0  # the highest number in `regions`, known without asking the device
+
+    @classmethod
+    def of(cls, images: Tensor, **known: Any) -> "ImageBatch":
+        """Images that no dataset numbered; of what is not `known`: each fills its canvas, was stored so, and counts."""
+        n = len(images)
+        hw = known.get("content_hw", torch.tensor(images.shape[-2:]).expand(n, 2))
+        assumed = {
+            "content_hw": hw,
+            "source_hw": hw,
+            "image_ids": tuple(str(i) for i in range(n)),
+            "positions": torch.arange(n),
+            "valid": torch.ones(n, dtype=torch.bool),
+            "epoch": 0,
+        }
+        return cls(images=images, **assumed | known)
 
     def to(self, device: Any, *, non_blocking: bool = True) -> "ImageBatch":
         """The same batch with its tensors on `device`."""

@@ -35,16 +35,9 @@ def settings_of(name: str) -> PretrainConfig:
 
 
 def batch_of(size: int, side: int) -> ImageBatch:
-    hw = torch.full((size, 2), side)
     grid = torch.arange(side) * 5 // side
-    return ImageBatch(
-        images=torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8),
-        content_hw=hw,
-        source_hw=hw,
-        image_ids=tuple(str(i) for i in range(size)),
-        positions=torch.arange(size),
-        valid=torch.ones(size, dtype=torch.bool),
-        epoch=0,
+    return ImageBatch.of(
+        torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8),
         regions=(1 + grid[:, None] * 5 + grid).int().expand(size, -1, -1),
         num_regions=25,
     )

@@ -22,15 +22,9 @@ def batch_of(*images: np.ndarray, valid: tuple[bool, ...] | None = None) -> Imag
     canvas = torch.zeros((len(images), 3, max(h for h, _ in sizes), max(w for _, w in sizes)), dtype=torch.uint8)
     for i, image in enumerate(images):
         canvas[i, :, : image.shape[0], : image.shape[1]] = torch.from_numpy(image.copy()).permute(2, 0, 1)
-    return ImageBatch(
-        images=canvas,
-        content_hw=torch.tensor(sizes),
-        source_hw=torch.tensor(sizes),
-        image_ids=tuple(f"i{i}" for i in range(len(images))),
-        positions=torch.arange(len(images)),
-        valid=torch.tensor(valid or (True,) * len(images)),
-        epoch=0,
-    )
+    names = tuple(f"i{i}" for i in range(len(images)))
+    counted = torch.tensor(valid or (True,) * len(images))
+    return ImageBatch.of(canvas, content_hw=torch.tensor(sizes), image_ids=names, valid=counted)
 
 
 def views_of(batch: ImageBatch, settings: DetectionViewsConfig = SETTINGS, **more: object) -> DetectionViews:

@@ -13,17 +13,9 @@ NO_JITTER = JitterConfig(share=0.0)
 
 
 def batch_of(images: torch.Tensor, content_hw=None, positions=None, epoch: int = 0) -> ImageBatch:
-    n = len(images)
-    hw = torch.tensor([images.shape[-2:]] * n) if content_hw is None else torch.as_tensor(content_hw)
-    return ImageBatch(
-        images=images,
-        content_hw=hw,
-        source_hw=hw,
-        image_ids=tuple(f"image-{i}" for i in range(n)),
-        positions=torch.arange(n) if positions is None else positions,
-        valid=torch.ones(n, dtype=torch.bool),
-        epoch=epoch,
-    )
+    known = {} if content_hw is None else {"content_hw": torch.as_tensor(content_hw)}
+    known |= {} if positions is None else {"positions": positions}
+    return ImageBatch.of(images, image_ids=tuple(f"image-{i}" for i in range(len(images))), epoch=epoch, **known)
 
 
 @pytest.mark.parametrize("box", [(0, 0, 96, 64), (10, 5, 50, 61), (40, 30, 44, 33), (0, 0, 33, 33)])

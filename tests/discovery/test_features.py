@@ -29,15 +29,8 @@ def batch_of(*sizes: tuple[int, int], valid: tuple[bool, ...] | None = None) -> 
     images = torch.zeros((len(sizes), 3, *content.amax(0).tolist()), dtype=torch.uint8)
     for i, (h, w) in enumerate(sizes):
         images[i, :, :h, :w] = torch.randint(0, 256, (3, h, w), generator=rng, dtype=torch.uint8)
-    return ImageBatch(
-        images=images,
-        content_hw=content,
-        source_hw=content * 2,
-        image_ids=tuple(str(i) for i in range(len(sizes))),
-        positions=torch.arange(len(sizes)),
-        valid=torch.tensor(valid or (True,) * len(sizes)),
-        epoch=0,
-    )
+    counted = torch.tensor(valid or (True,) * len(sizes))
+    return ImageBatch.of(images, content_hw=content, source_hw=content * 2, valid=counted)
 
 
 @pytest.mark.parametrize(("name", "stride"), [("resnet18", 8), ("resnet18", 16), ("resnet50", 8)])

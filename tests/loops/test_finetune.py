@@ -16,7 +16,8 @@ from workloads.data.filesystems import DataError
 from workloads.data.objects import BOXES_SCHEMA
 from workloads.loops.dispatch import load_loop, run_loop
 from workloads.loops.finetune import FinetuneConfig, finetune, load_detector, preflight
-from workloads.loops.pretrain import NonFiniteLossError, pretrain
+from workloads.loops.pretrain import pretrain
+from workloads.loops.steps import NonFiniteLossError
 from workloads.runtime import LocalRuntime
 from workloads.spec import PretrainConfig
 

@@ -20,7 +20,8 @@ from workloads.data.manifest import DataError
 from workloads.data.shards import BuildConfig
 from workloads.data.sources import FolderSourceConfig
 from workloads.loops.evaluate import evaluate
-from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError, preflight, pretrain
+from workloads.loops.pretrain import preflight, pretrain
+from workloads.loops.steps import NonFiniteLossError, RunStoppedError
 from workloads.runtime import LocalRuntime
 from workloads.spec import PretrainConfig, load_model
 

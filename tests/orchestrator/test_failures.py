@@ -9,7 +9,7 @@ from ray.train import WorkerGroupError
 from orchestrator.failures import Decision, Failure, classify, decide, worker_cause
 from workloads.config import ConfigError
 from workloads.data.filesystems import DataError, StoreUnavailableError
-from workloads.loops.pretrain import NonFiniteLossError, RunStoppedError
+from workloads.loops.steps import NonFiniteLossError, RunStoppedError
 
 
 def failure(kind: str, *, step: int | None = None, saved: int = 0, at_s: float = 0.0, reason: str = "broke") -> Failure:

@@ -102,7 +102,7 @@ class TrainLoader:
         regions: str | None = None,
     ) -> None:
         self._pipeline = _Pipeline(dataset, config, regions=regions)
-        self._plan, self._rank, self._world_size = plan, rank, world_size
+        self.plan, self._rank, self._world_size = plan, rank, world_size
         self._max_bad_share = config.max_bad_share
         lanes = plan.lanes_of(rank, world_size)
         self._rows_per_epoch = plan.steps_per_epoch * plan.global_batch_size // plan.lanes * len(lanes)
@@ -140,15 +140,15 @@ class TrainLoader:
 
     def _shares(self, start_step: int) -> Iterator[_Share]:
         for step in itertools.count(start_step):
-            epoch, batch = divmod(step, self._plan.steps_per_epoch)
+            epoch, batch = divmod(step, self.plan.steps_per_epoch)
             where = (epoch, batch, self._rank, self._world_size)
-            positions, row_group, row_in_group = self._plan.share(*where)
+            positions, row_group, row_in_group = self.plan.share(*where)
             yield _Share(
                 epoch=epoch,
                 positions=positions,
                 row_group=row_group,
                 row_in_group=row_in_group,
-                open_groups=self._plan.open_groups(*where),
+                open_groups=self.plan.open_groups(*where),
                 size=len(positions),
             )
 

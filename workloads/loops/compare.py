@@ -69,15 +69,8 @@ def flops_per_image(settings: PretrainConfig) -> float:
     """Floating-point operations of one image's forward and backward passes, multiplications and additions counted apart."""
     objective = build_objective(settings).train()
     size = settings.data.decode_size or 256
-    hw = torch.full((_PROBED, 2), size)
-    batch = ImageBatch(
-        images=torch.randint(0, 256, (_PROBED, 3, size, size), dtype=torch.uint8),
-        content_hw=hw,
-        source_hw=hw,
-        image_ids=tuple(str(i) for i in range(_PROBED)),
-        positions=torch.arange(_PROBED),
-        valid=torch.ones(_PROBED, dtype=torch.bool),
-        epoch=0,
+    batch = ImageBatch.of(
+        torch.randint(0, 256, (_PROBED, 3, size, size), dtype=torch.uint8),
         regions=torch.ones((_PROBED, size, size), dtype=torch.int32),
         num_regions=1,
     )

@@ -2,18 +2,17 @@
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from workloads.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, read_meta, take_snapshot
-from workloads.config import ConfigError, build, config, config_hash, parse_yaml, to_yaml
+from workloads.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, read_meta
+from workloads.config import ConfigError, build, config, config_hash, parse_yaml
 from workloads.data.detection_views import DetectionViews, DetectionViewsConfig, make_detection_views
 from workloads.data.filesystems import DataError, read_bytes, resolve_uri
-from workloads.data.ledger import Ledger
 from workloads.data.manifest import Dataset, open_dataset
 from workloads.data.objects import (
     Objects,
@@ -26,21 +25,14 @@ from workloads.data.objects import (
 from workloads.data.random import stream
 from workloads.data.reader import DataConfig, TrainLoader
 from workloads.data.subset_plan import SubsetPlan
-from workloads.distributed import wait_for_all
 from workloads.loops.detect import DetectionEvaluation, DetectionEvaluationConfig
-from workloads.loops.pretrain import (
-    Meter,
-    Preflight,
-    RunStoppedError,
-    is_due,
-    last_saved,
-    resume_run,
-)
+from workloads.loops.steps import Preflight, Training, run_steps
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Trunk
 from workloads.models.detector import Detector, DetectorConfig
 from workloads.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
 from workloads.runtime import Runtime
 from workloads.trunks import RandomTrunkConfig, ResNetTrunkConfig, load_resnet
+from workloads.types import ImageBatch
 
 
 @config
@@ -229,98 +221,45 @@ def finetune(settings: FinetuneConfig, runtime: Runtime) -> dict[str, float]:
     detector = build_detector(settings, labelled.categories).to(memory_format=torch.channels_last)
     model = runtime.prepare(detector)
     optimizer = make_optimizer(detector, settings.optimizer)
-    identity = CheckpointMeta(step=0, config_sha256=config_hash(settings), manifest_sha256=labelled.sha256)
-    restored = resume_run(runtime, detector, optimizer, identity)
-    step = restored.meta.step if restored is not None else 0
-
-    plan = labelled.plan
-    loader = TrainLoader(labelled.dataset, plan, settings.data, rank=runtime.rank, world_size=runtime.world_size)
     evaluation = _evaluation(settings, labelled, runtime)
-    batches = loader.iterate(start_step=step)
-    meter = Meter(loader, remedy="lower optimizer.lr or set gradient_clip")
-    ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None
-    figures: dict[str, float] = {}
-    try:
-        if step == 0 and evaluation is not None and settings.evaluation.at_start:
-            figures = evaluation.run(detector, step=0)
-        model.train()
-        meter.restart() if restored is None else meter.resume(restored.state["window"])
-        while step < settings.steps:
-            rate = settings.optimizer.lr * dropped_rate_at(step, settings.steps, settings.schedule)
-            batch = next(batches)
-            views = make_detection_views(
-                batch,
-                settings.views,
-                device=runtime.device,
-                objects=labelled.objects,
-                labels=labelled.labels,
-                masks=labelled.masks,
-                seed=settings.seed,
-                mean=IMAGENET_MEAN,
-                std=IMAGENET_STD,
-            )
-            # The regions that are sampled depend on the step and the rank alone: a run that continues draws the same.
-            torch.manual_seed(stream(settings.seed, "regions", step, runtime.rank))
-            metrics = _update(model, optimizer, views, rate, settings)
-            step += 1
-            meter.add(batch, metrics, rate)
-            if ledger is not None:
-                ledger.add(step, batch)
 
-            last = step == settings.steps
-            log = last or step % settings.log_every == 0
-            # Ranks must agree, which is waiting for each other: with several of them, where they wait anyway.
-            request = runtime.request() if log or runtime.world_size == 1 else "go on"
-            every = settings.evaluation.every_steps
-            evaluate = evaluation is not None and (last or (every is not None and step % every == 0))
-            save = last or evaluate or request != "go on" or is_due(step, settings, plan.steps_per_epoch)
-            if log or save:
-                meter.check(step, last_saved(runtime))
-                meter.count_bad_rows()
-            record = meter.flush(settings.global_batch_size) if log else {}
-            runtime.progress(meter.line(), step=step, total_steps=settings.steps)
-            if evaluate and evaluation is not None:
-                figures |= evaluation.run(detector, step=step)
-                model.train()
-                meter.restart_clock()
-            if record:
-                figures["train/loss"] = record["train/loss"]
-                runtime.report(record, step=step)
-            if save:  # after the evaluation: a checkpoint of the last step says that the run is complete
-                if ledger is not None:
-                    ledger.close_segment(step)
-                with meter.holding():
-                    if runtime.rank == 0:
-                        snapshot = take_snapshot(
-                            model=detector,
-                            optimizer=optimizer,
-                            window=meter.window(),
-                            config_yaml=to_yaml(settings),
-                            meta=replace(identity, step=step, metrics=figures if evaluate else {}),
-                        )
-                        runtime.save(snapshot)
-            if request == "stop" and not last:
-                runtime.flush()
-                wait_for_all()  # the first rank to end has the others killed: none may before the checkpoint is whole
-                raise RunStoppedError(
-                    f"stopped on request after step {step} of {settings.steps}, with a checkpoint; "
-                    "give the same command again to continue"
-                )
-        runtime.flush()
-    finally:
-        batches.close()  # type: ignore[attr-defined]
-    return figures
+    def update(batch: ImageBatch, step: int) -> dict[str, Tensor]:
+        views = make_detection_views(
+            batch,
+            settings.views,
+            device=runtime.device,
+            objects=labelled.objects,
+            labels=labelled.labels,
+            masks=labelled.masks,
+            seed=settings.seed,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+        # The regions that are sampled depend on the step and the rank alone: a run that continues draws the same.
+        torch.manual_seed(stream(settings.seed, "regions", step, runtime.rank))
+        return _update(model, optimizer, views, settings)
+
+    training = Training(
+        model=detector,
+        optimizer=optimizer,
+        loader=TrainLoader(
+            labelled.dataset, labelled.plan, settings.data, rank=runtime.rank, world_size=runtime.world_size
+        ),
+        identity=CheckpointMeta(step=0, config_sha256=config_hash(settings), manifest_sha256=labelled.sha256),
+        rate=lambda step: settings.optimizer.lr * dropped_rate_at(step, settings.steps, settings.schedule),
+        update=update,
+        evaluate=None if evaluation is None else lambda step: evaluation.run(detector, step=step),
+        remedy="lower optimizer.lr or set gradient_clip",
+    )
+    return run_steps(training, settings, runtime)
 
 
 def _update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     views: DetectionViews,
-    rate: float,
     settings: FinetuneConfig,
 ) -> dict[str, Tensor]:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(views.images.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         result = model(views)

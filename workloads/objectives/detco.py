@@ -5,11 +5,11 @@ each of res2 to res5, the local one over the concatenated features of the patche
 65,536 for each level and kind; three contrasts a level (global to global, local to local, local query to global key); the
 levels' weights 0.1, 0.4, 0.7, 1.0; SGD, 0.03 at a batch of 256, cosine.
 
-Our choice, where the paper is silent or another fits better: heads are Linear–ReLU–Linear as in MoCo v2, with a norm between where asked; the hidden width of the
-local heads is set apart from the global ones', because at res5 of a ResNet-50 nine patches are 18,432 features, and a
-hidden layer of 2,048 over them would hold 38 million weights, more than the trunk; patches get colour jitter and grey, no blur;
-keys that are no negatives yet (a queue that is not full) are left out instead of being random; Shuffle-BN happens inside each
-worker (`statistics_groups`), which needs no communication and works on one device.
+Our choice, where the paper is silent or another fits better: heads are Linear–ReLU–Linear as in MoCo v2, with a norm between
+where asked; the hidden width of the local heads is set apart from the global ones', because at res5 of a ResNet-50 nine patches
+are 18,432 features, and a hidden layer of 2,048 over them would hold 38 million weights, more than the trunk; patches get
+colour jitter and grey, no blur; keys that are no negatives yet (a queue that is not full) are left out instead of being random;
+Shuffle-BN happens inside each worker (`statistics_groups`), which needs no communication and works on one device.
 """
 
 from collections.abc import Mapping
