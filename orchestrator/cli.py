@@ -8,7 +8,7 @@ import typer
 
 from orchestrator import credentials
 from orchestrator.cli_cluster import cluster_app, submit_app
-from orchestrator.terminal import Debug, Overrides, console, counting, explained
+from orchestrator.terminal import Debug, Overrides, Run, TrackingUri, console, counting, explained
 
 # torch, Ray and MLflow are imported inside the commands: `--help` and a mistyped name must not wait for them.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -150,9 +150,7 @@ def promote(
         bool, typer.Option("--force", help="Promote although a gate fails or nothing was gained.")
     ] = False,
     rollback: Annotated[bool, typer.Option("--rollback", help="Move the alias back to where it was.")] = False,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
     """Register a run's best model, or a sweep's winner, and move an alias to it, if it deserves it.
@@ -204,12 +202,10 @@ def last_line(run_id: str, address: str, metrics: Any) -> str:
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(help="MLflow run id, or run name.")],
+    run: Run,
     overrides: Overrides = None,
     data: Annotated[str | None, typer.Option("--data", help="Dataset to evaluate on; default: the run's own.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
     """Measure SGA, RIGA and GAP-R of a run's model and log them to the same run."""
@@ -227,9 +223,7 @@ def one_shot(
     run: Annotated[str, typer.Argument(help="MLflow run id, or run name, of a pretraining run.")],
     data: Annotated[str, typer.Option("--data", help="Dataset with objects.")],
     overrides: Overrides = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
     """Look for one object in other images with a run's embeddings; logs AP50, pointing accuracy and a gallery to the run."""
@@ -253,9 +247,7 @@ def export(
     ] = None,
     output: Annotated[str, typer.Option(help="Folder of the files and the model card.")] = "exported",
     licence: Annotated[str | None, typer.Option(help="What the model card says of the licence.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
     """Write a run's trunk for those who have nothing of this project: `orchestrator export RUN --format timm`."""
@@ -297,10 +289,8 @@ def discover(
 
 @app.command()
 def status(
-    run: Annotated[str, typer.Argument(help="MLflow run id, or run name.")],
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
-    ] = None,
+    run: Run,
+    tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
     """How a run is, wherever it runs, from its record alone: step, speed, time left, score, faults."""
@@ -429,9 +419,7 @@ def data_stats(
     uri: Annotated[str, typer.Argument(help="Dataset.")],
     figure: Annotated[str | None, typer.Option(help="Draw the distributions to this PNG file.")] = None,
     log_to: Annotated[str | None, typer.Option(help="MLflow run, id or name, that keeps table and figure.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
     """Counts, sizes and rejects of a dataset."""

@@ -24,6 +24,10 @@ _EXPLAINED = {
 """Errors whose message is a sentence for people."""
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys to override.")]
+Run = Annotated[str, typer.Argument(help="MLflow run id, or run name.")]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the workers' own output.")]
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,17 @@ def test_a_store_that_fails_in_passing_is_asked_again(tmp_path):
     writer.submit(snapshot_of(1))
     writer.flush()
     assert flaky.asked == [1, 1, 1] and writer.retries == 2 and writer.newest.step == 1
+    writer.close()
+
+
+def test_what_is_written_is_not_kept_in_memory(tmp_path):
+    writer = CheckpointWriter(store_at(tmp_path))
+    snapshot = snapshot_of(1)
+    tensor = weakref.ref(snapshot.state["torch_rng"])
+    writer.submit(snapshot)
+    del snapshot
+    writer.flush()
+    assert tensor() is None
     writer.close()
 
 

@@ -394,6 +394,7 @@ class CheckpointWriter:
                     return
                 self._busy = True
             failure = self._write(snapshot)
+            del snapshot  # its copy of all weights would otherwise live until the next checkpoint
             with self._changed:
                 self._busy = False
                 self._failure = failure
