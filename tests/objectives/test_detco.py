@@ -153,7 +153,7 @@ def test_groups_of_statistics_hold_each_row_once_and_those_of_keys_mix_those_of_
     )
     for parts in (queries, keys):
         assert sorted(row for part in parts for row in part) == list(range(rows))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1 and len(parts) == min(rows, groups)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1 and len(parts) == max(min(groups, rows // 2), 1)
     common = [len(set(a) & set(b)) for a in queries for b in keys]
     assert max(common) - min(common) <= 1
 

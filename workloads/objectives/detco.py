@@ -85,9 +85,10 @@ def statistics_groups(rows: int, groups: int, *, of_keys: bool) -> list[slice]:
     """Which rows are normalised together: consecutive ones for queries, every `groups`-th for keys.
 
     The order of images is random at every step, so fixed groups are as good as drawn ones; each group of keys shares as many
-    images with every group of queries, as evenly as the numbers allow.
+    images with every group of queries, as evenly as the numbers allow. No group has one row, which has no statistics, unless
+    that is all there is.
     """
-    groups = min(groups, rows)
+    groups = max(min(groups, rows // 2), 1)
     if of_keys:
         return [slice(first, rows, groups) for first in range(groups)]
     return [slice(rows * g // groups, rows * (g + 1) // groups) for g in range(groups)]
