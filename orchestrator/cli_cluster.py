@@ -259,7 +259,7 @@ def submit_run(
         from orchestrator.submit import JobLostError, exit_code, may_try_again, submit_job
 
         for attempt in range(retries + 1):
-            job = submit_job(client, loaded, debug=debug)
+            job = submit_job(client, loaded, again=attempt > 0, debug=debug)
             typer.echo(f"job {job}")
             if detach:
                 return

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,10 @@ from orchestrator import credentials
 from orchestrator.spares import importing
 from orchestrator.spec import AnyExperiment, places_read
 from workloads.config import ConfigError
+
+RESUBMITTED = "ORCHESTRATOR_RESUBMITTED"
+"""Variable of a job that was submitted again after its cluster was lost, perhaps to a head whose nodes have yet to join."""
+_JOIN_S = 120.0
 
 
 def on_cluster() -> bool:
@@ -100,10 +105,15 @@ def check_resources(experiment: AnyExperiment) -> None:
     """
     import ray
 
-    scaling, have = experiment.scaling, ray.cluster_resources()
+    scaling = experiment.scaling
     needs = {"CPU": scaling.fewest_workers * scaling.cpus_per_worker}
     if scaling.use_gpu:
         needs["GPU"] = scaling.fewest_workers
+    have = ray.cluster_resources()
+    deadline = time.monotonic() + (_JOIN_S if RESUBMITTED in os.environ else 0.0)
+    while any(have.get(name, 0) < wanted for name, wanted in needs.items()) and time.monotonic() < deadline:
+        time.sleep(1.0)
+        have = ray.cluster_resources()
     for name, wanted in needs.items():
         if have.get(name, 0) < wanted:
             raise ConfigError(

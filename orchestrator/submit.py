@@ -25,7 +25,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from orchestrator import credentials
-from orchestrator.ray_session import uses_s3
+from orchestrator.ray_session import RESUBMITTED, uses_s3
 from orchestrator.runs import run_name
 from orchestrator.spec import AnyExperiment, SweepExperiment, command_of
 from orchestrator.track import without_secrets
@@ -148,8 +148,11 @@ def working_directory(experiment: AnyExperiment, *, secret: Mapping[str, str]) -
         yield folder
 
 
-def submit_job(client: JobClient, experiment: AnyExperiment, *, debug: bool = False) -> str:
+def submit_job(client: JobClient, experiment: AnyExperiment, *, again: bool = False, debug: bool = False) -> str:
     """Send `experiment` as a job; returns its submission id.
+
+    Args:
+        again: whether the cluster was lost since, so that its nodes may yet have to join.
 
     Raises:
         ConfigError: what it says cannot work on a cluster.
@@ -164,7 +167,10 @@ def submit_job(client: JobClient, experiment: AnyExperiment, *, debug: bool = Fa
         request: dict[str, Any] = {
             "entrypoint": f"python -m orchestrator {command}{' --debug' if debug else ''}",
             "submission_id": job,
-            "runtime_env": {"working_dir": str(folder), "env_vars": {"PYTHONDONTWRITEBYTECODE": "1", **seen}},
+            "runtime_env": {
+                "working_dir": str(folder),
+                "env_vars": {"PYTHONDONTWRITEBYTECODE": "1", **({RESUBMITTED: "1"} if again else {}), **seen},
+            },
             "metadata": {
                 "orchestrator.experiment": experiment.name,
                 "mlflow.run_name": experiment.tracking.run_name or run_name(experiment),
