@@ -12,7 +12,7 @@ from orchestrator.spec import AnyExperiment, places_read
 from workloads.config import ConfigError
 
 RESUBMITTED = "ORCHESTRATOR_RESUBMITTED"
-"""Variable of a job that was submitted again after its cluster was lost, perhaps to a head whose nodes have yet to join."""
+"""Variable of a job that was submitted again after the first was lost, perhaps to a new head whose nodes have yet to join."""
 _JOIN_S = 120.0
 
 
@@ -98,7 +98,7 @@ def join(address: str, variables: Mapping[str, str], **options: Any) -> None:
 
 
 def check_resources(experiment: AnyExperiment) -> None:
-    """See that the cluster holds the fewest workers that the run may have.
+    """See that the cluster holds the fewest workers that the run may have; a job that was submitted again waits for nodes first.
 
     Raises:
         ConfigError: it does not.

@@ -152,7 +152,7 @@ def submit_job(client: JobClient, experiment: AnyExperiment, *, again: bool = Fa
     """Send `experiment` as a job; returns its submission id.
 
     Args:
-        again: whether the cluster was lost since, so that its nodes may yet have to join.
+        again: whether an earlier job of it was lost, perhaps with its head, so that nodes may yet have to join.
 
     Raises:
         ConfigError: what it says cannot work on a cluster.
