@@ -226,6 +226,11 @@ def test_a_fraction_trains_on_its_images_only(coco, tmp_path):
         (["detector.kind=mask_rcnn_fpn"], ConfigError, "masks: needed"),
         (["masks=a.json", "boxes=b.parquet"], ConfigError, "boxes: cannot be given together"),
         (["trunk={kind: checkpoint, uri: nowhere}"], ConfigError, r"trunk\.uri: nowhere is not a checkpoint"),
+        (
+            ["trunk={kind: random, backbone: {name: vit_tiny}}"],
+            ConfigError,
+            r"trunk\.backbone\.name: a transformer, and the detectors stand on a ResNet",
+        ),
         (["detector.statistics=batch"], ConfigError, r"detector\.statistics: batch normalises over each worker"),
         (["fraction=0.1"], ValueError, "has only 1 images"),
         (["boxes=nowhere.parquet"], DataError, "boxes: "),
