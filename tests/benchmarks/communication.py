@@ -138,9 +138,9 @@ def counted(rank: int, world_size: int, values: dict[str, Any]) -> dict[str, int
     found: Counter[str] = Counter()
     gather, reduce, wrap = dist.all_gather, dist.all_reduce, runtime.averaging_gradients
 
-    def all_gather(parts: list[torch.Tensor], part: torch.Tensor, *rest: Any) -> Any:
+    def all_gather(parts: list[torch.Tensor], part: torch.Tensor, *rest: Any, **more: Any) -> Any:
         found["embeddings"] += sum(p.numel() * p.element_size() for p in parts)
-        return gather(parts, part, *rest)
+        return gather(parts, part, *rest, **more)
 
     def all_reduce(value: torch.Tensor, *rest: Any, **more: Any) -> Any:
         if value.ndim != 1 or value.numel() < 1000:  # else a bucket of gradients, which the hook counts
