@@ -1,6 +1,7 @@
 """A real Ray cluster of two raylets: training, failing, continuing, evaluating."""
 
 import collections
+import concurrent.futures
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,20 +13,23 @@ from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
 from orchestrator.cli import run
+from orchestrator.load import load_experiment
+from orchestrator.ray_session import RESUBMITTED, check_resources
 from tests.orchestrator.conftest import write_experiment
 from tests.orchestrator.test_finetune import EXPERIMENT as DETECTOR
+from workloads.config import ConfigError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]  # seven processes import torch before the first step
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Two nodes of one CPU each; the address of the first."""
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of one CPU each."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's spelling; raylets take it from who starts them
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
-    yield nodes.address
+    yield nodes
     ray.shutdown()
     nodes.shutdown()
 
@@ -43,9 +47,9 @@ def two_workers(folder: Path, datasets: dict[str, str]) -> Path:
 
 
 @pytest.fixture
-def on_cluster(cluster: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What `orchestrator` sees on a cluster's node."""
-    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield
     ray.shutdown()
@@ -181,3 +185,18 @@ def test_more_workers_than_the_cluster_holds_are_refused(
 ) -> None:
     assert run(["train", str(two_workers), "scaling.num_workers=3", "tracking.run_name=many"]) == 2
     assert "scaling.num_workers" in capsys.readouterr().err
+
+
+def test_a_job_sent_again_waits_for_a_node_that_has_yet_to_join(
+    on_cluster: None, cluster: Cluster, two_workers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = load_experiment(str(two_workers), ["scaling.num_workers=3"])
+    ray.init(address=cluster.address, logging_level="ERROR")
+    with pytest.raises(ConfigError, match="3 workers need 3 CPUs together, the cluster has 2"):
+        check_resources(three)
+    monkeypatch.setenv(RESUBMITTED, "1")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(check_resources, three)
+        joined = cluster.add_node(num_cpus=1)
+        waiting.result()
+    cluster.remove_node(joined)
