@@ -100,7 +100,7 @@ def test_nobody_joins_without_the_token(local: LocalCluster, door: str, tmp_path
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=tried.pop(name)
         )
 
-    # Alone: Ray gives a client's server 30 s to start, which others that import Ray beside it can use up on two cores.
+    # Alone: others that import Ray beside it take the cores that its own server wants.
     began = time.monotonic()
     said = {"right": start("right").communicate(timeout=90)[0]}
     deadline = 2 * time.monotonic() - began + 10  # the others get longer than it took, together
