@@ -33,11 +33,11 @@ from workloads.data.manifest import (
     Manifest,
     RowGroups,
 )
+from workloads.data.rows import ImageStatistics
 from workloads.data.shards import (
     REJECTS_SCHEMA,
     BuildConfig,
     ShardResult,
-    ShardStatistics,
     place_rows,
     split_rows,
     without_repeated_ids,
@@ -341,7 +341,7 @@ def _assemble(
     if not kept:
         where = f"{build.output}/{part}".rstrip("/")
         raise DataError(f"{where}: none of the {about['listed']} files listed is an image for it; see {REJECTS_NAME}")
-    statistics = ShardStatistics()
+    statistics = ImageStatistics()
     for _, result in kept:
         statistics.add(result.statistics)
     return Manifest(

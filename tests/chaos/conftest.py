@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def build_images(root: Path, *, broken: tuple[int, ...] = ()) -> str:
     """A dataset of 50 images in three shards, some of which no longer decode; its URI."""
-    from workloads.data import shards
+    from workloads.data import rows
 
     rng = np.random.default_rng(0)
     (root / "source").mkdir(parents=True)
@@ -79,7 +79,7 @@ def build_images(root: Path, *, broken: tuple[int, ...] = ()) -> str:
     build = BuildConfig(source=source, output=str(root / "shards"), rows_per_shard=20, row_group_bytes=20_000)
     with pytest.MonkeyPatch.context() as patch:
         if broken:  # rows that were sound when they were built
-            patch.setattr(shards, "decode_image", lambda data: torch.zeros(3, 96, 96, dtype=torch.uint8))
+            patch.setattr(rows, "decode_image", lambda data: torch.zeros(3, 96, 96, dtype=torch.uint8))
         build_dataset(build)
     return str(root / "shards")
 

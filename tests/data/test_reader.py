@@ -159,7 +159,7 @@ def test_a_damaged_row_group_is_an_error_that_names_the_shard(spoilt):
 
 
 def bad_rows_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
-    from workloads.data import shards
+    from workloads.data import rows
 
     source = tmp_path / "source"
     source.mkdir()
@@ -167,7 +167,7 @@ def bad_rows_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset
         (source / f"{index:02d}.jpg").write_bytes(encoded(picture(index)))
     (source / "07.jpg").write_bytes(encoded(picture(7))[:-300])
     with monkeypatch.context() as patch:  # a row that was sound when it was built
-        patch.setattr(shards, "decode_image", lambda data: torch.zeros(3, 48, 64, dtype=torch.uint8))
+        patch.setattr(rows, "decode_image", lambda data: torch.zeros(3, 48, 64, dtype=torch.uint8))
         output = tmp_path / "dataset"
         build_dataset(BuildConfig(source=FolderSourceConfig(inputs=(str(source),)), output=str(output)))
     return open_dataset(str(output))

@@ -1,11 +1,10 @@
-"""One shard: which rows it gets, and how they become bytes, the same on every machine that writes it."""
+"""One shard: which images it gets, and how their rows become bytes, the same on every machine that writes it."""
 
 import collections
-import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, TypeVar
@@ -13,53 +12,18 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor
 
 from workloads.config import config, to_dict
-from workloads.data.decode import MAX_PIXELS, DecodeError, decode_image
-from workloads.data.region_masks import (
-    PREFIX,
-    RegionColumnsConfig,
-    RegionsError,
-    compute_regions,
-    encode_regions,
-    resize_regions,
-)
-from workloads.data.sources import OBJECTS_TYPE, SourceConfig
+from workloads.data.decode import MAX_PIXELS
+from workloads.data.region_masks import RegionColumnsConfig
+from workloads.data.rows import ImageStatistics, MadeRow, Reject, RowMaker, stored_schema
+from workloads.data.sources import SourceConfig
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-SHARD_SCHEMA = pa.schema(
-    [
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("image_id", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("label", pa.string()),
-        ("objects", OBJECTS_TYPE),
-    ]
-)
 REJECTS_SCHEMA = pa.schema([("path", pa.string()), ("image_id", pa.string()), ("reason", pa.string())])
-
-_VALUE = {"_type": "Value"}
-_FEATURES: dict[str, Any] = {
-    "image": {"_type": "Image"},
-    "image_id": {"dtype": "string", **_VALUE},
-    "width": {"dtype": "int32", **_VALUE},
-    "height": {"dtype": "int32", **_VALUE},
-    "label": {"dtype": "string", **_VALUE},
-    "objects": [
-        {
-            "bbox": {"feature": {"dtype": "float32", **_VALUE}, "_type": "Sequence"},
-            "category": {"dtype": "string", **_VALUE},
-            "crowd": {"dtype": "bool", **_VALUE},
-            "difficult": {"dtype": "bool", **_VALUE},
-        }
-    ],
-}
 
 
 @config
@@ -109,7 +73,7 @@ class ShardResult:
     paths: tuple[str, ...]  # of the rows written
     digests: tuple[bytes, ...]  # SHA-256 of each row's source bytes
     rejects: tuple[tuple[str, str, str], ...]  # (path, image_id, reason)
-    statistics: "ShardStatistics"
+    statistics: ImageStatistics
 
     @property
     def rows(self) -> int:
@@ -131,44 +95,8 @@ class ShardResult:
             paths=tuple(data["paths"]),
             digests=tuple(bytes.fromhex(digest) for digest in data["digests"]),
             rejects=tuple(tuple(reject) for reject in data["rejects"]),
-            statistics=ShardStatistics(**data["statistics"]),
+            statistics=ImageStatistics(**data["statistics"]),
         )
-
-
-@dataclass(slots=True, kw_only=True)
-class ShardStatistics:
-    """Sums over a shard's images; whole numbers, so that they add up alike in any order."""
-
-    num_bytes: int = 0  # of encoded images
-    samples: int = 0  # pixels that entered the sums, a grid of at most about 64x64 an image
-    channel_sum: list[int] = field(default_factory=lambda: [0, 0, 0])
-    channel_square_sum: list[int] = field(default_factory=lambda: [0, 0, 0])
-    longer_sides: dict[str, int] = field(default_factory=dict)  # upper bound of the bin, pixels → images
-
-    def add(self, other: "ShardStatistics") -> None:
-        """Add the images of `other`."""
-        self.num_bytes += other.num_bytes
-        self.samples += other.samples
-        self.channel_sum = [a + b for a, b in zip(self.channel_sum, other.channel_sum, strict=True)]
-        squares = zip(self.channel_square_sum, other.channel_square_sum, strict=True)
-        self.channel_square_sum = [a + b for a, b in squares]
-        for side, count in other.longer_sides.items():
-            self.longer_sides[side] = self.longer_sides.get(side, 0) + count
-
-    def summary(self) -> dict[str, Any]:
-        """What the manifest says: channel mean and standard deviation in [0, 1], and images by longer side, pixels."""
-        means = [total / max(1, self.samples) for total in self.channel_sum]
-        squares = [total / max(1, self.samples) for total in self.channel_square_sum]
-        deviations = [max(0.0, square - mean * mean) ** 0.5 for mean, square in zip(means, squares, strict=True)]
-        return {
-            "channel_mean": [round(mean / 255, 6) for mean in means],
-            "channel_std": [round(deviation / 255, 6) for deviation in deviations],
-            "longer_sides": dict(sorted(self.longer_sides.items(), key=lambda item: int(item[0]))),
-        }
-
-
-class Reject(Exception):
-    """This image is left out; the message is the reason."""
 
 
 def split_rows(listing: pa.Table, *, val_share: float) -> dict[str, pa.Table]:
@@ -229,10 +157,19 @@ def write_shard(
     hashing = _HashingSink(sink)
     written = _Written()
     metadata: list[pq.FileMetaData] = []
+    make = RowMaker(
+        read=read,
+        read_regions=read_regions,
+        excluded=excluded,
+        short_side=build.short_side,
+        quality=build.quality,
+        max_pixels=build.max_pixels,
+        regions=build.regions,
+    )
 
-    def prepare(row: dict[str, Any]) -> "_Prepared | Reject":
+    def prepare(row: dict[str, Any]) -> MadeRow | Reject:
         try:
-            return _prepare(row, read, read_regions, build, excluded)
+            return make(row)
         except Reject as reject:
             return reject
 
@@ -280,20 +217,12 @@ class _Written:
     paths: list[str] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     rejects: list[tuple[str, str, str]] = field(default_factory=list)
-    statistics: ShardStatistics = field(default_factory=ShardStatistics)
-
-
-@dataclass(slots=True)
-class _Prepared:
-    row: dict[str, Any]
-    digest: bytes
-    size: int
-    statistics: ShardStatistics
+    statistics: ImageStatistics = field(default_factory=ImageStatistics)
 
 
 def _row_groups(
     rows: pa.Table,
-    prepared: Iterator["_Prepared | Reject"],
+    prepared: Iterator[MadeRow | Reject],
     build: BuildConfig,
     written: _Written,
     tick: Callable[[int], None],
@@ -317,120 +246,6 @@ def _row_groups(
             group, size = [], 0
     if group:
         yield pa.Table.from_pylist(group, schema=schema)
-
-
-def _prepare(
-    row: Mapping[str, Any],
-    read: Callable[[str], bytes],
-    read_regions: Callable[[str], bytes] | None,
-    build: BuildConfig,
-    excluded: frozenset[str],
-) -> _Prepared:
-    if row["path"] in excluded:
-        raise Reject("duplicate")
-    try:
-        data = read(row["location"])
-    except OSError as error:
-        raise Reject(f"unreadable: {type(error).__name__}") from None
-    if not data:
-        raise Reject("empty file")
-    digest = hashlib.sha256(data).digest()
-    check_header(data, build.max_pixels)
-    try:
-        image = decode_image(data)
-    except DecodeError as error:
-        raise Reject(f"undecodable: {error}") from None
-    height, width = image.shape[1:]
-    scale = 1.0
-    if build.short_side is not None and min(height, width) > build.short_side:
-        scale = build.short_side / min(height, width)
-        data, (height, width) = _encode_smaller(image, build.short_side, build.quality)
-    stored = {
-        "image": {"bytes": data, "path": row["path"]},
-        "image_id": row["image_id"],
-        "width": width,
-        "height": height,
-        "label": row["label"],
-        "objects": _scaled(row["objects"], scale),
-    }
-    if build.regions.columns:
-        stored |= _region_columns(row, image, (height, width), read_regions, build.regions)
-    return _Prepared(
-        row=stored, digest=digest, size=len(data), statistics=_statistics(image, (height, width), len(data))
-    )
-
-
-def _region_columns(
-    row: Mapping[str, Any],
-    image: Tensor,
-    stored_hw: tuple[int, int],
-    read_regions: Callable[[str], bytes] | None,
-    regions: RegionColumnsConfig,
-) -> dict[str, Any]:
-    try:
-        read_column = None if read_regions is None else functools.partial(read_regions, row["location"])
-        found = compute_regions(image, row["path"], regions, read_column)
-    except (OSError, RegionsError) as error:
-        raise Reject(f"regions: {error}") from None
-    return {
-        PREFIX + name: None if ids is None else {"bytes": encode_regions(resize_regions(ids, stored_hw)), "path": None}
-        for name, ids in found.items()
-    }
-
-
-def _statistics(image: Tensor, stored_hw: tuple[int, int], num_bytes: int) -> ShardStatistics:
-    stride = max(1, min(image.shape[1:]) // 64)
-    samples = image[:, ::stride, ::stride].numpy().astype(np.int64).reshape(3, -1)
-    longer_side = str(1 << (max(stored_hw) - 1).bit_length())
-    return ShardStatistics(
-        num_bytes=num_bytes,
-        samples=samples.shape[1],
-        channel_sum=samples.sum(axis=1).tolist(),
-        channel_square_sum=(samples**2).sum(axis=1).tolist(),
-        longer_sides={longer_side: 1},
-    )
-
-
-def check_header(data: bytes, max_pixels: int) -> None:
-    """Look at an image's header before anything of its size is allocated.
-
-    Raises:
-        Reject: not an image, or one of more than `max_pixels`.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        raise Reject("too large: a decompression bomb") from None
-    except (OSError, ValueError, SyntaxError):
-        raise Reject("not an image") from None
-    if width * height > max_pixels:
-        raise Reject(f"too large: {width}x{height} pixels")
-
-
-def _encode_smaller(image: Tensor, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
-    height, width = image.shape[1:]
-    scale = short_side / min(height, width)
-    size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
-    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    encoded = io.BytesIO()
-    picture.resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=quality)
-    return encoded.getvalue(), (size[1], size[0])
-
-
-def _scaled(objects: list[dict[str, Any]] | None, scale: float) -> list[dict[str, Any]] | None:
-    if objects is None or scale == 1.0:
-        return objects
-    return [{**item, "bbox": [scale * side for side in item["bbox"]]} for item in objects]
-
-
-def stored_schema(regions: Iterable[str] = ()) -> pa.Schema:
-    """A shard's columns, with those of `regions`, and what Hugging Face's readers want to know of them."""
-    schema, features = SHARD_SCHEMA, dict(_FEATURES)
-    for name in regions:
-        schema = schema.append(pa.field(PREFIX + name, SHARD_SCHEMA.field("image").type))
-        features[PREFIX + name] = {"_type": "Image"}
-    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def _extents(metadata: pq.FileMetaData) -> Iterator[tuple[int, int, int]]:
