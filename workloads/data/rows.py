@@ -109,7 +109,7 @@ class MadeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowMaker:
-    """Makes rows; what it raises of an image is a `Reject`."""
+    """Makes rows of the images that a source lists, all in the same way."""
 
     read: Callable[[str], bytes]
     """Bytes of a location."""
