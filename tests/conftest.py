@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ingest import build_dataset
-from tests.data.images import make_coco
-from workloads.data.shards import BuildConfig
-from workloads.data.sources import CocoSourceConfig
+from orchestrator.datasets.build import build_dataset
+from tests.workloads.data.images import make_coco
+from workloads.data.build.shards import BuildConfig
+from workloads.data.build.sources import CocoSourceConfig
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
 from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
-from workloads.data.manifest import DataError
-from workloads.data.sample_plan import PlanError
+from workloads.data.loading.sample_plan import PlanError
+from workloads.data.store.manifest import DataError
 from workloads.discovery.components import FeaturesError
-from workloads.export import FORMATS, ExportError, export_checkpoint
-from workloads.loops.discover import DiscoverConfig
-from workloads.loops.discovered import DiscoveryError, discover
+from workloads.evaluation.one_shot import OneShotRunConfig, one_shot
+from workloads.loops.discovery.finish import DiscoveryError, discover
+from workloads.loops.discovery.job import DiscoverConfig
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
-from workloads.loops.one_shot import OneShotRunConfig, one_shot
 from workloads.loops.steps import NonFiniteLossError, RunStoppedError
-from workloads.runtime import LocalRuntime
+from workloads.parallel.runtime import LocalRuntime
+from workloads.serving.export import FORMATS, ExportError, export_checkpoint
+from workloads.storage.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
 
 _LOG = logging.getLogger("workloads")
 _FAILURES = (
@@ -176,7 +176,7 @@ def _discover(options: argparse.Namespace, overrides: dict[str, object]) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from workloads.loops import compare as comparison
+    from workloads.evaluation import compare as comparison
 
     rows = comparison.compare([comparison.read_run(run) for run in options.runs])
     options.output.mkdir(parents=True, exist_ok=True)

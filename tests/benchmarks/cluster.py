@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from cluster.local import LocalCluster, down, up  # noqa: E402
-from orchestrator.ingest import build_dataset  # noqa: E402
-from orchestrator.scenes import write_scenes  # noqa: E402
-from orchestrator.spares import importing  # noqa: E402
+from orchestrator.datasets.build import build_dataset  # noqa: E402
+from orchestrator.demo.scenes import write_scenes  # noqa: E402
+from orchestrator.ray_support.spare_processes import importing  # noqa: E402
 from tests.cluster.conftest import free_options  # noqa: E402
-from workloads.data.shards import BuildConfig  # noqa: E402
-from workloads.data.sources import FolderSourceConfig  # noqa: E402
+from workloads.data.build.shards import BuildConfig  # noqa: E402
+from workloads.data.build.sources import FolderSourceConfig  # noqa: E402
 
 EXPERIMENT = """
 name: scaling

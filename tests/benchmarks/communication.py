@@ -24,13 +24,13 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from orchestrator.ingest import build_dataset  # noqa: E402
-from orchestrator.scenes import write_scenes  # noqa: E402
+from orchestrator.datasets.build import build_dataset  # noqa: E402
+from orchestrator.demo.scenes import write_scenes  # noqa: E402
 from tests.processes import run_on_ranks  # noqa: E402
 from workloads.config import build  # noqa: E402
-from workloads.data.shards import BuildConfig  # noqa: E402
-from workloads.data.sources import FolderSourceConfig  # noqa: E402
-from workloads.spec import PretrainConfig, build_objective  # noqa: E402
+from workloads.data.build.shards import BuildConfig  # noqa: E402
+from workloads.data.build.sources import FolderSourceConfig  # noqa: E402
+from workloads.spec.pretrain import PretrainConfig, build_objective  # noqa: E402
 
 BATCH, CROPS, DIM, LEVELS = 12, 4, 64, ("P3", "P4", "P5")
 SHORT, LONG = 2, 5
@@ -132,8 +132,8 @@ def seconds(step: dict[str, int], ranks: int, bytes_per_s: float, message_s: flo
 
 def counted(rank: int, world_size: int, values: dict[str, Any]) -> dict[str, int]:
     """Run it on this rank, and count what goes into each collective."""
-    from workloads import runtime
     from workloads.loops.pretrain import pretrain
+    from workloads.parallel import runtime
 
     found: Counter[str] = Counter()
     gather, reduce, wrap = dist.all_gather, dist.all_reduce, runtime.averaging_gradients

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from tests.data.images import make_coco
+from tests.workloads.data.images import make_coco
 from workloads.config import build
-from workloads.data.manifest import open_dataset
-from workloads.data.objects import category_names, read_objects
-from workloads.loops.detect import DetectionEvaluation
+from workloads.data.store.manifest import open_dataset
+from workloads.data.store.objects import category_names, read_objects
+from workloads.evaluation.detection import DetectionEvaluation
 from workloads.loops.finetune import FinetuneConfig, build_detector
-from workloads.runtime import LocalRuntime
+from workloads.parallel.runtime import LocalRuntime
 
 
 def measure(uri: str, *, short_side: int, long_side: int, repeats: int) -> dict[str, float]:
@@ -74,9 +74,9 @@ def main() -> None:
 
 def made_dataset(folder: Path) -> str:
     """64 made images with their objects, as shards."""
-    from orchestrator.ingest import build_dataset
-    from workloads.data.shards import BuildConfig
-    from workloads.data.sources import CocoSourceConfig
+    from orchestrator.datasets.build import build_dataset
+    from workloads.data.build.shards import BuildConfig
+    from workloads.data.build.sources import CocoSourceConfig
 
     root = make_coco(folder / "coco", count=64)
     source = CocoSourceConfig(inputs=(str(root / "images"),), annotations=str(root / "instances.json"))

@@ -16,12 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from orchestrator.discover import table
+from orchestrator.discovery.run import table
 from workloads.config import apply_overrides, build, parse_overrides
-from workloads.loops.discover import DiscoverConfig, trunk_of
+from workloads.loops.discovery.job import DiscoverConfig, trunk_of
 from workloads.models.vit import VitTrunk
 
-EXPERIMENT = Path(__file__).parents[2] / "orchestrator" / "experiments" / "finetune_retinanet_coco.yaml"
+EXPERIMENT = Path(__file__).parents[2] / "orchestrator" / "experiments" / "finetune" / "finetune_retinanet_coco.yaml"
 
 
 def run(command: str, *arguments: str, output: Path) -> None:

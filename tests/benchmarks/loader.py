@@ -110,7 +110,7 @@ def measure_set(folder: Path, names: list[str], options: argparse.Namespace, pyt
 
 def measure_s3(folder: Path, options: argparse.Namespace, python: Path, local: float | None) -> dict[str, Any]:
     """The same dataset from the S3 peer on loopback, which shares the cores."""
-    from orchestrator import object_store
+    from orchestrator.storage import object_store
     from tests.s3_peer import run_s3_peer
 
     with tempfile.TemporaryDirectory() as swift, run_s3_peer(Path(swift)) as peer:
@@ -132,9 +132,9 @@ def measure_s3(folder: Path, options: argparse.Namespace, python: Path, local: f
 
 def prepare(folder: Path, name: str, python: Path) -> None:
     """The image set in every loader's own format."""
-    from orchestrator.ingest import build_dataset
-    from workloads.data.shards import BuildConfig
-    from workloads.data.sources import FolderSourceConfig
+    from orchestrator.datasets.build import build_dataset
+    from workloads.data.build.shards import BuildConfig
+    from workloads.data.build.sources import FolderSourceConfig
 
     if (folder / "ready").exists():
         return
@@ -225,9 +225,9 @@ def _finish(figures: dict[str, float]) -> None:
 def first_batch(folder: str, step: str, uri: str = "") -> dict[str, float]:
     """From an opened dataset to the first batch, imports done."""
     from tests.benchmarks.loader_peers import BATCH, SIDE
-    from workloads.data.manifest import open_dataset
-    from workloads.data.reader import DataConfig, TrainLoader
-    from workloads.data.sample_plan import SamplePlan
+    from workloads.data.loading.loaders import DataConfig, TrainLoader
+    from workloads.data.loading.sample_plan import SamplePlan
+    from workloads.data.store.manifest import open_dataset
 
     dataset = open_dataset(uri or f"{folder}/dataset")
     started = time.perf_counter()
@@ -271,8 +271,8 @@ def plan(images: str) -> dict[str, float]:
         before = _resident_mib()
         started, busy = time.perf_counter(), time.process_time()
         from tests.benchmarks.process_memory import peak_mib
-        from workloads.data.manifest import RowGroups
-        from workloads.data.sample_plan import SamplePlan
+        from workloads.data.loading.sample_plan import SamplePlan
+        from workloads.data.store.manifest import RowGroups
 
         data = (Path(folder) / "row_groups.parquet").read_bytes()
         hashlib.sha256(data).hexdigest()
@@ -303,7 +303,7 @@ def _write_index(folder: Path, groups: int) -> None:
     script = (
         "import sys, numpy as np; sys.path.insert(0, sys.argv[3])\n"
         "import pyarrow.parquet as pq\n"
-        "from workloads.data.manifest import RowGroups\n"
+        "from workloads.data.store.manifest import RowGroups\n"
         "n = int(sys.argv[2]); rows = np.random.default_rng(0).integers(100, 151, n, dtype=np.int32)\n"
         "length = rows.astype(np.int64) * 8000 + 37; shard = (np.arange(n) // 1024).astype(np.int32)\n"
         "offset = np.cumsum(length) - length; offset -= offset[(np.arange(n) // 1024) * 1024] - 4\n"

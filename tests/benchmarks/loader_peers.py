@@ -20,7 +20,7 @@ Batches = Iterator[torch.Tensor]
 
 def decode_one(data: Any) -> np.ndarray:
     """One image on its canvas, uint8 (3, 224, 224)."""
-    from workloads.data.decode import decode_image, shrink
+    from workloads.data.loading.decode import decode_image, shrink
 
     canvas = np.zeros((3, SIDE, SIDE), dtype=np.uint8)
     image = shrink(decode_image(data), SIDE)
@@ -48,9 +48,9 @@ def limit_dct(folder: Path) -> Batches:
 
 def limit(folder: Path, dct_scaling: bool = False) -> Batches:
     """The loader's own decode function, from memory, on as many threads."""
-    from workloads.data.decode import decode_batch
-    from workloads.data.manifest import open_dataset
-    from workloads.data.row_groups import RowGroupReader
+    from workloads.data.loading.decode import decode_batch
+    from workloads.data.store.manifest import open_dataset
+    from workloads.data.store.row_groups import RowGroupReader
 
     dataset = open_dataset(str(folder / "dataset"))
     reader = RowGroupReader(dataset)
@@ -76,9 +76,9 @@ def ours_dct(folder: Path) -> Batches:
 
 def ours(folder: Path, uri: str | None = None, start_step: int = 0, dct_scaling: bool = False) -> Batches:
     """This project's loader."""
-    from workloads.data.manifest import open_dataset
-    from workloads.data.reader import DataConfig, TrainLoader
-    from workloads.data.sample_plan import SamplePlan
+    from workloads.data.loading.loaders import DataConfig, TrainLoader
+    from workloads.data.loading.sample_plan import SamplePlan
+    from workloads.data.store.manifest import open_dataset
 
     dataset = open_dataset(uri or str(folder / "dataset"))
     plan = SamplePlan(dataset.row_groups.rows, dataset_sha256=dataset.manifest.sha256, seed=0, global_batch_size=BATCH)
@@ -214,7 +214,7 @@ PEERS = ("torch_parquet", "webdataset", "streaming", "folder_pil", "ray_data")
 
 def dct_error(folder: Path) -> float:
     """Mean absolute difference of DCT-scaled decoding to full decoding, in 1/255, over the pixels of up to 256 images."""
-    from workloads.data.decode import decode_batch
+    from workloads.data.loading.decode import decode_batch
 
     paths = sorted((folder / "images").rglob("*.jpg"))[:256]
     encoded = [path.read_bytes() for path in paths]

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.benchmarks.process_memory import peak_mib
 from workloads.config import build, read_yaml
-from workloads.loops.compare import flops_per_image
-from workloads.spec import ORCHESTRATOR_SECTIONS, PretrainConfig, build_objective, render_views
+from workloads.evaluation.compare import flops_per_image
+from workloads.spec.pretrain import ORCHESTRATOR_SECTIONS, PretrainConfig, build_objective, render_views
 from workloads.types import ImageBatch
 
 EXPERIMENTS = Path(__file__).parents[2] / "orchestrator" / "experiments"
@@ -30,7 +30,7 @@ NAMES = ("compare_ntxent", "compare_anchor", "compare_detcon_s", "compare_detcon
 
 
 def settings_of(name: str) -> PretrainConfig:
-    data = read_yaml(EXPERIMENTS / f"{name}.yaml")
+    data = read_yaml(next(EXPERIMENTS.glob(f"*/{name}.yaml")))
     return build(PretrainConfig, {key: value for key, value in data.items() if key not in ORCHESTRATOR_SECTIONS})
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXPERIMENT = Path(__file__).parents[2] / "orchestrator" / "experiments" / "anchor_ntxent_caltech.yaml"
+EXPERIMENT = Path(__file__).parents[2] / "orchestrator" / "experiments" / "pretrain" / "anchor_ntxent_caltech.yaml"
 
 
 def bare(overrides: list[str], folder: Path, threads: int, niceness: int) -> list[float]:

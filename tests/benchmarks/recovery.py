@@ -35,7 +35,7 @@ from tests.chaos.conftest import (  # noqa: E402
     train_workers,
     wait_step,
 )
-from workloads.data.ledger import read_ledger  # noqa: E402
+from workloads.data.loading.ledger import read_ledger  # noqa: E402
 
 LENGTH = 160
 IN_ITS_COURSE_S = 20.0

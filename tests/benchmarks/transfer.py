@@ -15,7 +15,7 @@ from typing import Any
 from workloads.config import parse_overrides
 from workloads.loops.dispatch import load_loop
 from workloads.loops.finetune import FinetuneConfig, finetune
-from workloads.runtime import LocalRuntime
+from workloads.parallel.runtime import LocalRuntime
 
 EXPERIMENT = Path("orchestrator/experiments/finetune_retinanet_coco.yaml")
 _SHOWN = ("eval/ap50", "eval/ap", "eval/ar")

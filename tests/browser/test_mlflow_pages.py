@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.cli import run
+from orchestrator.cli.app import run
 from tests.s3_peer import free_port
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]

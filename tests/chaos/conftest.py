@@ -22,14 +22,14 @@ from mlflow import MlflowClient
 from PIL import Image
 from ray.cluster_utils import Cluster
 
-from orchestrator.ingest import build_dataset
-from orchestrator.spares import importing
+from orchestrator.datasets.build import build_dataset
+from orchestrator.ray_support.spare_processes import importing
 from tests.oracles.sample_plan import epoch_order
 from tests.s3_peer import faulty, free_port, s3_peer
-from workloads.data.ledger import read_ledger
-from workloads.data.manifest import open_dataset
-from workloads.data.shards import BuildConfig
-from workloads.data.sources import FolderSourceConfig
+from workloads.data.build.shards import BuildConfig
+from workloads.data.build.sources import FolderSourceConfig
+from workloads.data.loading.ledger import read_ledger
+from workloads.data.store.manifest import open_dataset
 
 __all__ = ["faulty", "s3_peer"]  # fixtures of the object store
 
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def build_images(root: Path, *, broken: tuple[int, ...] = ()) -> str:
     """A dataset of 50 images in three shards, some of which no longer decode; its URI."""
-    from workloads.data import rows
+    from workloads.data.build import rows
 
     rng = np.random.default_rng(0)
     (root / "source").mkdir(parents=True)

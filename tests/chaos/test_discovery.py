@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
-from workloads.data.manifest import open_dataset
-from workloads.data.reader import read_annotations
+from workloads.data.loading.loaders import read_annotations
+from workloads.data.store.manifest import open_dataset
 
 
 def test_an_actor_is_killed_in_the_middle(coco: dict[str, str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem
 
-from orchestrator import object_store
+from orchestrator.storage import object_store
 from tests.chaos.conftest import (
     Nodes,
     TrackingServer,
@@ -24,7 +24,7 @@ from tests.chaos.conftest import (
     wait_step,
 )
 from tests.s3_peer import FaultyProxy, S3Peer
-from workloads.checkpoint import CheckpointStore
+from workloads.storage.checkpoint import CheckpointStore
 
 Reference = dict[int, dict[int, float]]
 

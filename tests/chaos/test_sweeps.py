@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.cli import run
+from orchestrator.cli.app import run
 from tests.orchestrator.conftest import datasets
-from tests.orchestrator.test_sweep import write_sweep
+from tests.orchestrator.sweeps.test_run import write_sweep
 
 __all__ = ["datasets"]
 

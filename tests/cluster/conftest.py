@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import LocalCluster, LocalOptions, down, find, up
-from orchestrator.spares import importing
+from orchestrator.ray_support.spare_processes import importing
 from tests.orchestrator.conftest import datasets
 from tests.s3_peer import free_port, made_environment
 

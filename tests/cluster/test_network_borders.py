@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from cluster import swift
-from orchestrator.scenes import write_scenes
-from orchestrator.spares import importing
+from orchestrator.demo.scenes import write_scenes
+from orchestrator.ray_support.spare_processes import importing
 from tests.s3_peer import made_environment
 
 pytestmark = [pytest.mark.jobs, pytest.mark.timeout(900)]

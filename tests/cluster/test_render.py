@@ -12,12 +12,13 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster import aws, kuberay
 from cluster.request import ClusterRequest
-from orchestrator.cli import run
-from orchestrator.load import load_experiment
-from orchestrator.render import request_of
+from orchestrator.cli.app import run
+from orchestrator.experiments.load import load_experiment
+from orchestrator.launch.machines import request_of
+from tests.places import SHARED_DATA
 from workloads.config import ConfigError
 
-CRDS = Path(__file__).parents[3] / "shared" / "data" / "kuberay"
+CRDS = SHARED_DATA / "kuberay"
 
 PLAIN = ClusterRequest(
     name="Caltech_R18.a-0123abcd",

@@ -20,9 +20,9 @@ import yaml
 from mlflow import MlflowClient
 
 from cluster.local import LocalCluster, live_nodes, processes
-from orchestrator import credentials
-from orchestrator.load import load_experiment
-from orchestrator.submit import SubmitError, check_portable, job_name, working_directory
+from orchestrator.experiments.load import load_experiment
+from orchestrator.launch.submit import SubmitError, check_portable, job_name, working_directory
+from orchestrator.ray_support import credentials
 from tests.cluster.conftest import everything_written, orchestrator
 from tests.orchestrator.conftest import write_experiment
 from tests.s3_peer import free_port
@@ -312,7 +312,7 @@ def test_the_working_directory_is_small_and_has_its_secrets_in_a_private_file(
         assert json.loads(kept.read_text())["variables"] == {"AWS_SECRET_ACCESS_KEY": PLANTED}
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 3 * 2**20
     assert not folder.exists()
-    monkeypatch.setattr("orchestrator.submit._LARGEST_MIB", 0.1)
+    monkeypatch.setattr("orchestrator.launch.submit._LARGEST_MIB", 0.1)
     with pytest.raises(SubmitError, match="MiB"), working_directory(loaded, secret={}):
         pass
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from workloads.data.sample_plan import BLOCK_GROUPS, WINDOW_GROUPS
+from workloads.data.loading.sample_plan import BLOCK_GROUPS, WINDOW_GROUPS
 
 Row = tuple[int, int]
 """(row group, row in it)"""

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.ingest import build_dataset
-from workloads.data.shards import BuildConfig
-from workloads.data.sources import FolderSourceConfig
+from orchestrator.datasets.build import build_dataset
+from workloads.data.build.shards import BuildConfig
+from workloads.data.build.sources import FolderSourceConfig
 
 EXPERIMENT = """
 name: tiny

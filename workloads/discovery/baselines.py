@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from workloads.config import config
-from workloads.data.random import stream, text_keys, uniform
+from workloads.data.views.counter_random import stream, text_keys, uniform
 from workloads.discovery.components import FeaturesError, Found, box_around, checked, largest_component
 
 
@@ -93,7 +93,7 @@ def felzenszwalb_box(image: np.ndarray, settings: FelzenszwalbConfig) -> np.ndar
     """float64 (4,): the best region's box, xyxy as shares of the image's sides; `image` uint8 (3, H, W)."""
     from skimage.segmentation import felzenszwalb
 
-    from workloads.data.decode import shrink
+    from workloads.data.loading.decode import shrink
 
     small = shrink(torch.from_numpy(image), settings.long_side).permute(1, 2, 0).numpy()
     least = max(1, round(settings.least_share * small.shape[0] * small.shape[1]))

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workloads.data.filesystems import DataError, put_bytes, read_bytes, resolve_uri
-from workloads.data.objects import AGNOSTIC, BOXES_SCHEMA
+from workloads.data.store.objects import AGNOSTIC, BOXES_SCHEMA
+from workloads.storage.filesystems import DataError, put_bytes, read_bytes, resolve_uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from workloads.config import ConfigError, apply_overrides, build, read_yaml
-from workloads.loops.evaluate import evaluate
+from workloads.evaluation.grid import evaluate
 from workloads.loops.finetune import FinetuneConfig, evaluate_detector, finetune
 from workloads.loops.finetune import preflight as finetune_preflight
 from workloads.loops.pretrain import preflight as pretrain_preflight
 from workloads.loops.pretrain import pretrain
 from workloads.loops.steps import Preflight
-from workloads.runtime import Runtime
-from workloads.spec import ORCHESTRATOR_SECTIONS, PretrainConfig
+from workloads.parallel.runtime import Runtime
+from workloads.spec.pretrain import ORCHESTRATOR_SECTIONS, PretrainConfig
 
 LoopConfig = PretrainConfig | FinetuneConfig
 

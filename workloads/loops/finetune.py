@@ -9,12 +9,11 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from workloads.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, read_meta
 from workloads.config import ConfigError, build, config, config_hash, parse_yaml
-from workloads.data.detection_views import DetectionViews, DetectionViewsConfig, make_detection_views
-from workloads.data.filesystems import DataError, read_bytes, resolve_uri
-from workloads.data.manifest import Dataset, open_dataset
-from workloads.data.objects import (
+from workloads.data.loading.loaders import DataConfig, TrainLoader
+from workloads.data.loading.subset_plan import SubsetPlan
+from workloads.data.store.manifest import Dataset, open_dataset
+from workloads.data.store.objects import (
     Objects,
     PanopticMasks,
     category_names,
@@ -22,16 +21,17 @@ from workloads.data.objects import (
     read_panoptic,
     select_images,
 )
-from workloads.data.random import stream
-from workloads.data.reader import DataConfig, TrainLoader
-from workloads.data.subset_plan import SubsetPlan
-from workloads.loops.detect import DetectionEvaluation, DetectionEvaluationConfig
+from workloads.data.views.counter_random import stream
+from workloads.data.views.detection import DetectionViews, DetectionViewsConfig, make_detection_views
+from workloads.evaluation.detection import DetectionEvaluation, DetectionEvaluationConfig
 from workloads.loops.steps import Preflight, Training, run_steps
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Trunk
 from workloads.models.detector import Detector, DetectorConfig
-from workloads.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
-from workloads.runtime import Runtime
-from workloads.trunks import RandomTrunkConfig, ResNetTrunkConfig, load_resnet
+from workloads.models.trunks import RandomTrunkConfig, ResNetTrunkConfig, load_resnet
+from workloads.parallel.runtime import Runtime
+from workloads.spec.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
+from workloads.storage.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, read_meta
+from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
 from workloads.types import ImageBatch
 
 

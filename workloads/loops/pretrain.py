@@ -3,20 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from workloads.checkpoint import CheckpointMeta
 from workloads.config import ConfigError, config_hash
-from workloads.data.manifest import Dataset, open_dataset
-from workloads.data.reader import TrainLoader
-from workloads.data.row_groups import check_regions
-from workloads.data.sample_plan import SamplePlan
-from workloads.data.upload import Upload
-from workloads.gradient_cache import backward_in_micro_batches
-from workloads.loops.evaluate import RepresentationEvaluation, check_measurable, evaluations_of
+from workloads.data.loading.loaders import TrainLoader
+from workloads.data.loading.sample_plan import SamplePlan
+from workloads.data.loading.upload import Upload
+from workloads.data.store.manifest import Dataset, open_dataset
+from workloads.data.store.row_groups import check_regions
+from workloads.evaluation.grid import RepresentationEvaluation, check_measurable, evaluations_of
 from workloads.loops.steps import Preflight, Training, run_steps
 from workloads.objectives.detco import DetCoConfig
-from workloads.optim import make_optimizer, rate_at
-from workloads.runtime import Runtime
-from workloads.spec import (
+from workloads.parallel.gradient_cache import backward_in_micro_batches
+from workloads.parallel.runtime import Runtime
+from workloads.spec.optim import make_optimizer, rate_at
+from workloads.spec.pretrain import (
     AnyObjective,
     PretrainConfig,
     build_objective,
@@ -24,6 +23,7 @@ from workloads.spec import (
     load_initial_weights,
     render_views,
 )
+from workloads.storage.checkpoint import CheckpointMeta
 from workloads.types import ImageBatch
 
 

@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from workloads.checkpoint import CheckpointError, CheckpointMeta, Restored, take_snapshot
 from workloads.config import to_yaml
-from workloads.data.ledger import Ledger
-from workloads.data.reader import TrainLoader
-from workloads.distributed import sum_over_ranks, wait_for_all
-from workloads.runtime import Runtime
+from workloads.data.loading.ledger import Ledger
+from workloads.data.loading.loaders import TrainLoader
+from workloads.parallel.distributed import sum_over_ranks, wait_for_all
+from workloads.parallel.runtime import Runtime
+from workloads.storage.checkpoint import CheckpointError, CheckpointMeta, Restored, take_snapshot
 from workloads.types import ImageBatch
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from workloads.data.objects import Objects
-from workloads.distributed import gather_rows
+from workloads.data.store.objects import Objects
 from workloads.metrics.bootstrap import interval
+from workloads.parallel.distributed import gather_rows
 
 FIGURES = (
     "ap",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from workloads.data.objects import Objects
-from workloads.data.reader import Annotations
+from workloads.data.loading.loaders import Annotations
+from workloads.data.store.objects import Objects
 from workloads.discovery.pseudo_boxes import FoundBoxes
 from workloads.metrics.average_precision import DetectionTable, Truth, evaluate_with_pycocotools
 from workloads.metrics.corloc import CorLocConfig, covers, iou_of

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from workloads.config import config
-from workloads.data.random import stream, text_keys, uniform
-from workloads.data.views import axis_weights, resample
+from workloads.data.views.counter_random import stream, text_keys, uniform
+from workloads.data.views.crops import axis_weights, resample
 from workloads.metrics.bootstrap import interval, ratio
 from workloads.types import ImageBatch
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from workloads.data.objects import Objects
+from workloads.data.store.objects import Objects
 from workloads.metrics.grid_accuracy import GridModel
 from workloads.metrics.one_shot import (
     OneShotConfig,

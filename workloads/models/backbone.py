@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from workloads.config import config
-from workloads.distributed import sum_over_ranks, world_size
+from workloads.parallel.distributed import sum_over_ranks, world_size
 
 if TYPE_CHECKING:
     from workloads.models.vit import VitTrunk

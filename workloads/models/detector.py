@@ -17,9 +17,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from workloads.config import config, to_dict
-from workloads.data.detection_views import DetectionViews
-from workloads.distributed import averaged, global_mean
+from workloads.data.views.detection import DetectionViews
 from workloads.models.backbone import STAGES, GlobalBatchNorm2d, Stage, Trunk
+from workloads.parallel.distributed import averaged, global_mean
 from workloads.types import Detections, StepResult
 
 _LAYERS = ("layer4", "layer3", "layer2", "layer1", "conv1")  # as torchvision counts its trainable layers

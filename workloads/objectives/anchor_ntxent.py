@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.config import ConfigError, config
-from workloads.data.random import stream, uniform
-from workloads.data.regions import cell_centers, cell_of, centers_inside, one_hot_cell
-from workloads.distributed import averaged, gather_rows, global_mean, row_counts
+from workloads.data.views.cells import cell_centers, cell_of, centers_inside, one_hot_cell
+from workloads.data.views.counter_random import stream, uniform
 from workloads.models.backbone import STAGES, BackboneConfig, Stage, Trunk, embedding_norm, imagenet_normalized
 from workloads.models.fpn import STRIDES, Pyramid
 from workloads.models.heads import Projector
+from workloads.parallel.distributed import averaged, gather_rows, global_mean, row_counts
 from workloads.types import CropGeometry, FeaturePyramid, StepResult, Views
 
 Level = Literal["P3", "P4", "P5", "P6", "P7"]

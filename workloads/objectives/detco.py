@@ -21,9 +21,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.config import config
-from workloads.distributed import averaged, gather_rows, global_mean, row_counts
 from workloads.models.backbone import STAGES, BackboneConfig, Trunk, imagenet_normalized, vector_norm
 from workloads.models.momentum import KeyQueue, follow, target_of
+from workloads.parallel.distributed import averaged, gather_rows, global_mean, row_counts
 from workloads.types import PairViews, StepResult
 
 _KINDS = ("global", "local")

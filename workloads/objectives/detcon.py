@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.config import config
-from workloads.data.random import stream, uniform
-from workloads.distributed import averaged, gather_rows, global_mean, row_counts
+from workloads.data.views.counter_random import stream, uniform
 from workloads.models.backbone import BackboneConfig, Trunk, imagenet_normalized
 from workloads.models.heads import Projector
 from workloads.models.momentum import cosine_momentum, follow, target_of
+from workloads.parallel.distributed import averaged, gather_rows, global_mean, row_counts
 from workloads.types import PairViews, StepResult
 
 

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.config import config
-from workloads.distributed import averaged, gather_rows, global_mean, row_counts
 from workloads.models.backbone import BackboneConfig, imagenet_normalized, make_trunk
 from workloads.models.heads import Projector
+from workloads.parallel.distributed import averaged, gather_rows, global_mean, row_counts
 from workloads.types import PairViews, StepResult
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from workloads.data.objects import Objects
+from workloads.data.store.objects import Objects
 from workloads.types import Detections
 
 _PANEL, _GAP, _TITLE, _HEADER, _LABEL = 320, 12, 36, 24, 13

@@ -1,0 +1,138 @@
+"""From an experiment's name or file, plus `key=value` arguments, to a validated experiment."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml
+
+if TYPE_CHECKING:
+    from orchestrator.experiments.spec import AnyExperiment, SweepExperiment
+
+E = TypeVar("E", bound="AnyExperiment")
+
+_PATHS = (
+    *("uri", "path", "init_from", "cache_dir", "ledger", "selection_uri", "trunk_from", "train_uri", "test_uri"),
+    *("boxes", "masks", "file"),
+)
+"""Keys that may name a local file."""
+
+EXPERIMENTS = Path(__file__).parent
+
+
+def _shipped() -> list[Path]:
+    return sorted(EXPERIMENTS.glob("*/*.yaml"), key=lambda path: path.stem)
+
+
+def list_experiments() -> dict[str, str]:
+    """Name → the comment that opens the file, for every experiment that ships with the package."""
+    return {path.stem: _opening_comment(path) for path in _shipped()}
+
+
+def _opening_comment(path: Path) -> str:
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return "\n".join(lines)
+
+
+def find_experiment(name: str) -> Path:
+    """The file of an experiment given by name or by path.
+
+    Raises:
+        ConfigError: there is no such experiment; the message names the nearest.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: no such experiment file")
+        return Path(name)
+    known = {path.stem: path for path in _shipped()}
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    raise ConfigError(
+        f"{name}: no such experiment" + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}")
+    )
+
+
+def load_experiment(name: str, arguments: Sequence[str] = (), *, loop: str | None = None) -> "AnyExperiment":
+    """Read, override, validate, and make local paths absolute, because workers run in other folders.
+
+    Args:
+        loop: the one that is expected.
+
+    Raises:
+        ConfigError: one sentence with the dotted key and how to mend it.
+    """
+    overrides = parse_overrides(arguments)
+    data = {key: value for key, value in read_yaml(find_experiment(name)).items() if key != "sweep"}
+    data = apply_overrides(data, overrides)
+    from orchestrator.experiments.spec import (
+        EXPERIMENTS as KINDS,  # late: it imports torch, a wrong name should not wait for that
+    )
+    from workloads.loops.dispatch import loop_of
+
+    if loop is not None and loop_of(data) != loop:
+        command = "train" if loop_of(data) == "pretrain" else loop_of(data)
+        raise ConfigError(
+            f"loop: {name} is an experiment of the {loop_of(data)} loop; run it by `orchestrator {command}`"
+        )
+    return absolute_paths(build(KINDS[loop_of(data)], data))
+
+
+def has_sweep(name: str) -> bool:
+    """Whether an experiment's file has a search over it."""
+    return "sweep" in read_yaml(find_experiment(name))
+
+
+def load_sweep(name: str, arguments: Sequence[str] = ()) -> "SweepExperiment":
+    """As `load_experiment`, with the `sweep` section.
+
+    Raises:
+        ConfigError: one sentence with the dotted key and how to mend it.
+    """
+    from orchestrator.experiments.domains import override_space, take_dotted
+
+    in_space, arguments = take_dotted(arguments, "sweep.space")
+    in_trial, arguments = take_dotted(arguments, "sweep.trial")
+    data = read_yaml(find_experiment(name))
+    section = dict(data.pop("sweep", None) or {})
+    section["space"] = override_space(section.get("space") or {}, parse_overrides(in_space))
+    section["trial"] = {**(section.get("trial") or {}), **parse_overrides(in_trial)}
+    if not section["space"]:
+        raise ConfigError(
+            f"sweep.space: {name} searches nothing; say what, as in "
+            "sweep.space.objective.temperature='{kind: loguniform, low: 0.03, high: 0.3}'"
+        )
+    data = apply_overrides({**data, "sweep": section}, parse_overrides(arguments))
+    from orchestrator.experiments.spec import SweepExperiment
+
+    return absolute_paths(build(SweepExperiment, data))
+
+
+def absolute_paths(experiment: "E") -> "E":
+    """The experiment with every key that names a local file made absolute."""
+    made: E = _absolute(experiment)
+    return made
+
+
+def _absolute(block: Any) -> Any:
+    if not dataclasses.is_dataclass(block) or isinstance(block, type):
+        return block
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        if field.name in _PATHS and isinstance(value, str):
+            changes[field.name] = absolute_uri(value)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = _absolute(value)
+    return dataclasses.replace(block, **changes)
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` itself if it has a scheme, else the absolute path it means."""
+    return uri if "://" in uri or not uri else str(Path(uri).expanduser().absolute())

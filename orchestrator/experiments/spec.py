@@ -1,0 +1,289 @@
+"""A complete experiment: what `workloads` trains, and where and how it runs."""
+
+import dataclasses
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from orchestrator.experiments.domains import DomainConfig
+from workloads.config import ConfigError, config
+from workloads.loops.finetune import FinetuneConfig
+from workloads.spec.pretrain import PretrainConfig
+
+
+@config
+class ScalingConfig:
+    """How many workers train, and what each of them gets."""
+
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Training processes, among which the global batch is divided: a number, or [fewest, most] to follow the cluster's size."""
+
+    cpus_per_worker: PositiveInt = 2
+    """Ray CPUs that each worker holds."""
+
+    threads_per_worker: PositiveInt | None = None
+    """Torch and OpenMP threads of each worker; null: as many as cpus_per_worker."""
+
+    use_gpu: bool = False
+    """Give each worker one GPU."""
+
+    niceness: Annotated[int, Field(ge=0, le=19)] = 0
+    """Nice level of the workers. Ray's own default, 15, makes them yield to anything else on the machine."""
+
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    """How workers are laid over nodes: few nodes, many nodes, or strictly one worker a node."""
+
+    start_timeout_s: PositiveFloat = 60.0
+    """How long the workers may take to get their CPUs and start, seconds."""
+
+    poll_interval_s: PositiveFloat = 0.5
+    """How often the controller asks the workers for reports and signs of life, seconds."""
+
+    resize_check_s: PositiveFloat = 10.0
+    """How often a run with [fewest, most] workers looks whether there is room for more of them, seconds."""
+
+    hang_timeout_s: PositiveFloat = 600.0
+    """How long a worker may neither finish a step nor die before it is taken for hung and the run continued without it."""
+
+    def __post_init__(self) -> None:
+        if self.fewest_workers > self.most_workers:
+            raise ConfigError(f"scaling.num_workers: expected [fewest, most], given {list(self._range)}")
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def fewest_workers(self) -> int:
+        """The run waits until there is room for so many."""
+        return self._range[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The run never has more."""
+        return self._range[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change during the run."""
+        return self.fewest_workers < self.most_workers
+
+    @property
+    def threads(self) -> int:
+        """Torch threads of one worker."""
+        return self.threads_per_worker or self.cpus_per_worker
+
+
+@config
+class TrackingConfig:
+    """Where the record of the run is kept."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null: the MLFLOW_TRACKING_URI variable, else SQLite in the output folder."""
+
+    experiment: str = "pretraining"
+    """MLflow experiment that the run is listed under."""
+
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = None
+    """The run's identity: the same name continues the same run; null: the experiment's name and its config's hash."""
+
+    system_metrics: bool = True
+    """Record CPU, memory and network of the driver's machine, and on a cluster CPU and memory of each worker's node."""
+
+    log_model: bool = True
+    """Keep the trained model with the run when it ends."""
+
+
+@config
+class StorageConfig:
+    """Where checkpoints and artifacts are kept."""
+
+    path: Annotated[str, Field(min_length=1)] = "runs"
+    """Output folder: a local folder (shared by all nodes, where there are several) or s3://bucket/prefix."""
+
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that stay; older ones are deleted."""
+
+    best_metric: str | None = "eval/sga"
+    """The checkpoint with the highest value of this metric stays too; null: only the newest stay."""
+
+
+@config
+class FailureConfig:
+    """How long a run goes on trying."""
+
+    retries: NonNegativeInt = 3
+    """How often a failed attempt is continued from its newest checkpoint without getting any further; what would fail the
+    same way again is never retried."""
+
+    patience_s: PositiveFloat = 600.0
+    """How long the object store, the cluster's control processes or a lost node may stay away, seconds."""
+
+    spare_processes: bool = True
+    """Keep a process beside each worker, started and its imports done, that takes over when the worker dies, or that the next
+    trial of a sweep begins with; each holds half a gigabyte."""
+
+
+@config
+class TrainExperiment(PretrainConfig):
+    """One complete, runnable experiment: a file under `experiments/` plus overrides."""
+
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    storage: StorageConfig = StorageConfig()
+    failure: FailureConfig = FailureConfig()
+
+    @property
+    def science(self) -> PretrainConfig:
+        """The part that decides the result; its hash is the run's identity, and it says nothing of where it ran."""
+        names = [field.name for field in dataclasses.fields(PretrainConfig)]
+        return PretrainConfig(**{name: getattr(self, name) for name in names})
+
+
+@config
+class FinetuneExperiment(FinetuneConfig):
+    """One complete, runnable fine-tuning experiment: its loop is another, all that runs it is the same."""
+
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig(experiment="finetuning")
+    storage: StorageConfig = StorageConfig(best_metric="eval/ap50")
+    failure: FailureConfig = FailureConfig()
+
+    @property
+    def science(self) -> FinetuneConfig:
+        """The part that decides the result; its hash is the run's identity, and it says nothing of where it ran."""
+        names = [field.name for field in dataclasses.fields(FinetuneConfig)]
+        return FinetuneConfig(**{name: getattr(self, name) for name in names})
+
+
+AnyExperiment: TypeAlias = TrainExperiment | FinetuneExperiment
+
+
+def places_read(experiment: AnyExperiment) -> dict[str, str]:
+    """Dotted key → URI of everything that a run reads."""
+    found: dict[str, str | None] = {"data.uri": experiment.data.uri, "evaluation.uri": experiment.evaluation.uri}
+    match experiment:
+        case TrainExperiment():
+            found |= {"init_from": experiment.init_from, "trunk_from": experiment.trunk_from}
+        case FinetuneExperiment():
+            found |= {
+                "boxes": experiment.boxes,
+                "masks": experiment.masks,
+                "evaluation.masks": experiment.evaluation.masks,
+            }
+            found |= {f"trunk.{name}": getattr(experiment.trunk, name, None) for name in ("uri", "file")}
+    return {key: uri for key, uri in found.items() if uri is not None}
+
+
+EXPERIMENTS: dict[str, type[TrainExperiment] | type[FinetuneExperiment]] = {
+    "pretrain": TrainExperiment,
+    "finetune": FinetuneExperiment,
+}
+"""Loop → the experiments that run it."""
+
+
+def command_of(experiment: AnyExperiment) -> str:
+    """The command that runs an experiment of this loop."""
+    return "train" if experiment.loop == "pretrain" else experiment.loop
+
+
+@config
+class RandomSearchConfig:
+    """Independent draws from the space; grids in it are gone through in turn."""
+
+    kind: Literal["random"] = "random"
+    """Which searcher."""
+
+
+@config
+class GridSearchConfig:
+    """All combinations of the space's values."""
+
+    kind: Literal["grid"] = "grid"
+    """Which searcher."""
+
+
+@config
+class OptunaSearchConfig:
+    """Optuna's tree-structured Parzen estimator, which learns from the trials that have ended."""
+
+    kind: Literal["optuna"] = "optuna"
+    """Which searcher."""
+    random_trials: NonNegativeInt = 6
+    """Trials drawn at random before it begins to learn."""
+
+
+@config
+class NoStopperConfig:
+    """Every trial runs to its end."""
+
+    kind: Literal["none"] = "none"
+    """Which early stopper."""
+
+
+@config
+class AshaConfig:
+    """Asynchronous successive halving (arXiv 1810.05934): at each rung only the best share goes on."""
+
+    kind: Literal["asha"] = "asha"
+    """Which early stopper."""
+    first_step: PositiveInt
+    """The first rung, steps; the others lie at `reduction` times the one before. Evaluations should fall on them."""
+    reduction: Annotated[float, Field(gt=1)] = 2.0
+    """One trial of so many goes on at each rung."""
+
+
+@config
+class MedianConfig:
+    """Stops a trial that is worse than the median of the others' running means at the same step."""
+
+    kind: Literal["median"] = "median"
+    """Which early stopper."""
+    first_step: PositiveInt
+    """No trial is stopped before, steps."""
+    least_trials: PositiveInt = 3
+    """No trial is stopped before so many others have come as far."""
+
+
+@config
+class SweepConfig:
+    """What is searched, how, and how long. Trials are ranked by the frozen evaluation on images set aside for that."""
+
+    space: Annotated[dict[str, DomainConfig], Field(min_length=1)]
+    """Domains by dotted key; kinds: choice, grid, uniform, loguniform, int."""
+    selection_uri: str
+    """Dataset of images by which trials are ranked: set aside from the training images (`data build … val_share=0.02`), not
+    the held-out set of `evaluation.uri`, which is opened once, for the winner and the start."""
+    trial: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys that every trial has in place of the experiment's: how short it is, how often it is evaluated."""
+    searcher: Annotated[RandomSearchConfig | GridSearchConfig | OptunaSearchConfig, Field(discriminator="kind")] = (
+        RandomSearchConfig()
+    )
+    stopper: Annotated[NoStopperConfig | AshaConfig | MedianConfig, Field(discriminator="kind")] = NoStopperConfig()
+    trials: PositiveInt = 12
+    """Trials in all, that of the experiment's own values included; of a grid, the most that it may have."""
+    hours: PositiveFloat | None = None
+    """No trial goes on after so many hours of sweeping; null: no such limit."""
+    max_concurrent: PositiveInt | None = None
+    """Trials that run at the same time; null: as many as the cluster has CPUs (GPUs) for."""
+    include_start: bool = True
+    """Whether the first trial has the experiment's own values."""
+    rank_by: Annotated[tuple[str, ...], Field(min_length=1)] = ("eval/sga", "eval/photometric/sga")
+    """Metrics whose mean is a trial's score; the highest wins."""
+    final_seeds: NonNegativeInt = 2
+    """Seeds with which the winner and the start are trained at full length and measured on `evaluation.uri`; 0: neither is."""
+    seed: NonNegativeInt = 0
+    """Seed of the draws from the space; the trials' own is `seed`, the same for all."""
+
+
+@config
+class SweepExperiment(TrainExperiment):
+    """An experiment and the search over it; without its `sweep` section, the file is the start of the search."""
+
+    sweep: SweepConfig
+
+    @property
+    def start(self) -> TrainExperiment:
+        """The experiment itself."""
+        names = [field.name for field in dataclasses.fields(TrainExperiment)]
+        return TrainExperiment(**{name: getattr(self, name) for name in names})

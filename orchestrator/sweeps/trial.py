@@ -1,0 +1,117 @@
+"""One trial of a sweep: a whole run of its own, in a process that Ray Tune starts, with every evaluation told to Tune.
+
+A trial is `train` with another configuration. So it has the run's checkpoints, retries, journal and record, and is
+continued, or known to have ended, by its name.
+"""
+
+import dataclasses
+import io
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.tune
+from rich.console import Console
+
+from orchestrator.experiments.domains import Point, SearchSpace
+from orchestrator.experiments.spec import SweepExperiment, TrainExperiment
+from orchestrator.runs.identity import when_free
+from orchestrator.runs.journal import Record
+from orchestrator.runs.record import recorded
+from orchestrator.training.run import Stopwatch, train
+from workloads.config import apply_overrides, build, config_hash, flatten, to_dict
+
+POINT = "point"
+"""Key of a trial's settings under which a searcher that lists its points puts one."""
+
+LET_GO_S = 150.0
+"""How long a trial's process that was told to stop, or whose driver died, may hold its run; a lock in an object store outlives
+its process by a minute."""
+
+BUDGET, SCORE = "step", "score"
+"""What a trial tells Tune at each evaluation: how far it is, and what it is ranked by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Trials that differ only in their points: those of the search, or those at full length."""
+
+    sweep: SweepExperiment
+    name: str  # of the sweep
+    fixed: Mapping[str, Any]  # dotted keys of all trials
+    tags: Mapping[str, str]  # of all trials' tracked runs
+
+    def experiment(self, point: Point) -> TrainExperiment:
+        """The trial at `point`, under a name that the same configuration has again after a restart.
+
+        Raises:
+            ConfigError: the point's values do not go together.
+        """
+        values = apply_overrides(to_dict(self.sweep.start), {**self.fixed, **point})
+        made = build(TrainExperiment, values)
+        name = f"{self.name}-{config_hash(made.science)[:8]}"
+        return dataclasses.replace(made, tracking=dataclasses.replace(made.tracking, run_name=name))
+
+    @property
+    def space(self) -> SearchSpace:
+        """The sweep's domains over the experiment's values."""
+        return SearchSpace(self.sweep.sweep.space, flatten(self.sweep.start))
+
+    def point_of(self, settings: Mapping[str, Any]) -> Point:
+        """The point that a searcher's settings of a trial mean."""
+        return dict(settings[POINT]) if POINT in settings else self.space.decode(settings)
+
+
+def score_of(figures: Mapping[str, Any], rank_by: tuple[str, ...]) -> float | None:
+    """The mean of the metrics that trials are ranked by; None if one is missing."""
+    values = [figures.get(key) for key in rank_by]
+    return None if None in values else sum(map(float, values)) / len(values)  # type: ignore[arg-type]
+
+
+class TuneReport(ray.train.UserCallback):
+    """Tells Tune of every evaluation. Ray's own TuneReportCallback does it through an actor; this controller runs in the
+    trial's process.
+
+    Tune's early stoppers count by `step`, the run's own, which goes on after a restart where Tune's would begin again.
+    """
+
+    def __init__(self, rank_by: tuple[str, ...], *, steps: int) -> None:
+        self._rank_by, self._steps = rank_by, steps
+        self.last: int | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Pass rank 0's evaluation on; the last one only when the run is complete, since Tune then ends the process."""
+        if metrics[0]["step"] < self._steps:
+            self.tell(metrics[0])
+
+    def tell_all(self, records: Sequence[Record], *, before: float = math.inf) -> None:
+        """Report the evaluations among a journal's records, those at steps below `before`."""
+        for record in records:
+            if record["kind"] == "metrics" and record["step"] < before:
+                self.tell({**record["metrics"], "step": record["step"]})
+
+    def tell(self, figures: Mapping[str, Any]) -> None:
+        """Report `figures` if they are an evaluation later than the last; ends the process's work if Tune says stop."""
+        score = score_of(figures, self._rank_by)
+        if score is not None and (self.last is None or figures["step"] > self.last):
+            self.last = int(figures["step"])
+            named = {key: figures[key] for key in self._rank_by}
+            ray.tune.report({SCORE: score, BUDGET: self.last, **named})
+
+
+def run_trial(settings: dict[str, Any], *, stage: Stage, debug: bool) -> None:
+    """What Tune runs for each trial."""
+    began = time.time()
+    experiment = stage.experiment(stage.point_of(settings))
+    watch = Stopwatch(began)
+    report = TuneReport(stage.sweep.sweep.rank_by, steps=experiment.steps)
+    report.tell_all(recorded(experiment), before=experiment.steps)  # what this run measured before a restart
+    console = Console(file=io.StringIO())  # the sweep's driver says how it goes
+    when_free(
+        lambda: train(experiment, console=console, watch=watch, debug=debug, tags=stage.tags, callbacks=[report]),
+        patience_s=LET_GO_S,
+    )
+    report.tell_all(recorded(experiment))

@@ -1,0 +1,61 @@
+"""`orchestrator status RUN`: how a run is, from its record alone, wherever it runs."""
+
+import time
+from typing import Any
+
+from orchestrator.results.evaluate import find_run, open_tracking
+from orchestrator.tracking.sink import run_address
+from orchestrator.training.progress import format_line
+
+_SCORES = ("eval/sga", "eval/gap_r", "eval/ap50", "eval/ap")
+_SHOWN = ("train/loss", "train/images_per_s", "train/data_wait_share")
+
+
+def run_status(run: str, *, tracking_uri: str | None) -> dict[str, str]:
+    """What and how much, for people.
+
+    Args:
+        run: MLflow run id, or run name.
+
+    Raises:
+        ConfigError: there is no such run, or no such store.
+    """
+    client = open_tracking(tracking_uri)
+    found = find_run(client, run)
+    info, metrics, tags = found.info, found.data.metrics, found.data.tags
+    total = int(found.data.params.get("steps", "0"))
+    step, newest_ms = _newest(client, info.run_id, metrics)
+    ended = (info.end_time or 0) / 1000
+    told = {
+        "run": f"{info.run_name}  {info.run_id}",
+        "status": info.status.lower(),
+        "step": f"{step} of {total}" + (f" ({step / total:.0%})" if total else ""),
+        "newest": format_line({key: metrics[key] for key in _SHOWN if key in metrics}),
+        "reported": f"{_ago(time.time() - newest_ms / 1000)} ago" if newest_ms and not ended else "",
+        "remaining": _remaining(info.status, step, total, metrics),
+        "score": "  ".join(f"{key} {metrics[key]:.3f}" for key in _SCORES if key in metrics),
+        "faults": tags.get("run.faults", ""),
+        "job": tags.get("ray.submission_id", ""),
+        "look": run_address(client.tracking_uri, info.experiment_id, info.run_id),
+    }
+    return {what: value for what, value in told.items() if value}
+
+
+def _newest(client: Any, run_id: str, metrics: dict[str, float]) -> tuple[int, int]:
+    """The newest step that was reported, and when, in milliseconds."""
+    if "train/loss" not in metrics:
+        return 0, 0
+    last = max(client.get_metric_history(run_id, "train/loss"), key=lambda point: point.step)
+    return int(last.step), int(last.timestamp)
+
+
+def _remaining(status: str, step: int, total: int, metrics: dict[str, float]) -> str:
+    if status != "RUNNING" or "train/step_s" not in metrics:
+        return ""
+    return f"about {_ago((total - step) * metrics['train/step_s'])}, evaluations aside"
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,166 @@
+"""What to do when an attempt at a run fails: decided purely here, acted on in `train`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from workloads.config import ConfigError
+
+Kind = Literal["request", "deterministic", "stopped", "store", "node", "worker", "resources", "controller", "unknown"]
+"""What failed: the request itself; the same way twice; nothing, it was told to stop; the object store; a node with its
+workers; a worker; not enough resources in time; Ray's own control processes; anything else."""
+
+# Ray tells a death in many lines about its own insides.
+_DEATHS: dict[Kind, str] = {
+    "worker": "a worker process died (killed, out of memory, or crashed)",
+    "node": "a node died, and a worker with it",
+    "controller": "the process that controls the workers died",
+}
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One failed attempt."""
+
+    kind: Kind
+    reason: str  # one sentence
+    signature: str  # equal for equal faults
+    step: int | None  # updates done when it failed, if a worker could tell
+    saved_step: int  # the newest checkpoint's step afterwards; 0 without one
+    at_s: float  # monotonic clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What is done about it, and why."""
+
+    action: Literal["retry", "shrink", "stop"]
+    wait_s: float
+    reason: str
+
+
+def decide(failure: Failure, earlier: list[Failure], *, retries: int, patience_s: float, elastic: bool) -> Decision:
+    """Retry, go on with fewer workers, or stop.
+
+    A fault in passing is retried with growing waits. What counts are failures since the last progress (a newer
+    checkpoint): at most `retries` of them, and, while the store or the cluster is away, at most `patience_s` seconds.
+
+    Args:
+        earlier: this run's earlier failures, oldest first.
+        elastic: whether the run may go on with fewer workers.
+    """
+    match failure.kind:
+        case "request" | "deterministic" | "stopped":
+            return Decision(action="stop", wait_s=0.0, reason=failure.reason)
+    twin = next((f for f in earlier if f.signature == failure.signature and f.step == failure.step), None)
+    if failure.kind == "unknown" and failure.step is not None and twin is not None:
+        reason = f"{failure.reason}: the same at step {failure.step} twice, so it would happen again"
+        return Decision(action="stop", wait_s=0.0, reason=reason)
+    fruitless = [f for f in earlier if f.saved_step >= failure.saved_step]
+    waits_for_others = failure.kind in ("store", "resources", "controller", "node")
+    began = fruitless[0].at_s if fruitless else failure.at_s
+    if waits_for_others and failure.at_s - began > patience_s:
+        reason = f"{failure.reason}; not over after {failure.at_s - began:.0f} s (patience_s={patience_s:g})"
+        return Decision(action="stop", wait_s=0.0, reason=reason)
+    if not waits_for_others and len(fruitless) >= retries:
+        reason = f"{failure.reason}; {len(fruitless) + 1} attempts without progress (retries={retries})"
+        return Decision(action="stop", wait_s=0.0, reason=reason)
+    if not waits_for_others or failure.kind == "node":
+        wait_s = 0.0 if not fruitless else min(_FIRST_WAIT_S * 2 ** (len(fruitless) - 1), _LONGEST_WAIT_S)
+    else:
+        wait_s = min(_FIRST_WAIT_S * 2 ** len(fruitless), _LONGEST_WAIT_S)
+    action: Literal["retry", "shrink"] = "shrink" if failure.kind in ("node", "resources") and elastic else "retry"
+    return Decision(action=action, wait_s=wait_s, reason=failure.reason)
+
+
+def classify(error: BaseException, *, saved_step: int, at_s: float) -> Failure:
+    """Name what went wrong in an attempt, out of Ray's wrappers."""
+    from ray.exceptions import RayError
+
+    cause = worker_cause(error)
+    kind = _kind(cause, error)
+    reason = sentence(cause)
+    if kind in _DEATHS and isinstance(cause, RayError):
+        reason = f"{_DEATHS[kind]} ({reason})" if _died_at_birth(cause) else _DEATHS[kind]
+    step = getattr(cause, "at_step", None)
+    return Failure(
+        kind=kind,
+        reason=reason,
+        signature=f"{type(cause).__name__}: {reason}",
+        step=step if isinstance(step, int) else None,
+        saved_step=saved_step,
+        at_s=at_s,
+    )
+
+
+def _kind(cause: BaseException, error: BaseException) -> Kind:
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayError, WorkerCrashedError
+    from ray.train import ControllerError
+
+    from workloads.data.loading.sample_plan import PlanError
+    from workloads.data.store.manifest import DataError
+    from workloads.loops.steps import NonFiniteLossError, RunStoppedError
+    from workloads.storage.checkpoint import CheckpointError
+    from workloads.storage.filesystems import StoreUnavailableError, is_outage
+
+    text = str(cause)
+    match cause:
+        case RunStoppedError():
+            return "stopped"
+        case StoreUnavailableError():
+            return "store"
+        case ConfigError() | PlanError():
+            return "request"
+        case DataError() | CheckpointError() | NonFiniteLossError():
+            return "deterministic"
+        case NodeDiedError():
+            return "node"
+        case ActorDiedError() | ActorUnavailableError() | WorkerCrashedError():
+            if isinstance(error, RayError):  # nobody wrapped it: it is the controller that died
+                return "controller"
+            return "node" if "node has died" in text or "node was" in text else "worker"
+    if type(cause).__name__ == "PreemptionError":  # a node was taken, after notice
+        return "node"
+    if ("timed out" in text.lower() and "placement group" in text.lower()) or "StartupTimeout" in type(cause).__name__:
+        return "resources"
+    if is_outage(cause):
+        return "store"
+    if type(cause).__name__ == "WorkerHealthCheckTimeoutError":  # it hangs
+        return "worker"
+    return "controller" if isinstance(error, (ControllerError, RayError)) else "unknown"
+
+
+def worker_cause(error: BaseException) -> BaseException:
+    """The exception that a worker raised, out of Ray's wrappers; `error` itself if no worker did.
+
+    Of several workers' exceptions the one that says most counts: one rank's fault makes the others lose their connection.
+    """
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [_unwrapped(failure) for _, failure in sorted(failures.items())]
+    own = [cause for cause in causes if type(cause).__module__.startswith("workloads")]
+    died = [cause for cause in causes if type(cause).__module__.startswith("ray.")]
+    return (own or died or causes or [getattr(error, "controller_failure", None) or error])[0]
+
+
+def _unwrapped(failure: BaseException) -> BaseException:
+    for name in ("_base_exc", "health_check_failure"):
+        failure = getattr(failure, name, None) or failure
+    return failure
+
+
+def sentence(error: BaseException) -> str:
+    """An exception's message as one line; of one that Ray carried from another process, the original's."""
+    original = getattr(error, "cause", None)
+    if isinstance(original, BaseException):
+        return sentence(original)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # Ray explains a death over many lines, the first of which says what died.
+    return lines[0] if type(error).__module__.startswith("ray.") and not _died_at_birth(error) else lines[-1]
+
+
+def _died_at_birth(error: BaseException) -> bool:
+    """Whether an actor's own constructor raised: Ray then ends its message with that exception."""
+    return "error raised in its creation task" in str(error)

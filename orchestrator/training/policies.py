@@ -1,0 +1,160 @@
+"""How a run goes on after a fault: `failures` decides, this acts, in Ray Train's controller where that is quicker.
+
+The controller continues a run whose worker died without a new controller, which saves its start. It knows only errors,
+so it takes its word from the same decisions as the driver, over the same history: the faults in the run's journal.
+"""
+
+import contextlib
+import dataclasses
+import socket
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
+
+from orchestrator.ray_support.gauges import count_fault
+from orchestrator.ray_support.session import on_cluster
+from orchestrator.ray_support.spare_processes import order_later
+from orchestrator.runs.journal import Journal, JournalReader
+from orchestrator.tracking.sink import without_secrets
+from orchestrator.training.failures import Decision, Failure, classify, decide
+from workloads.storage.checkpoint import CheckpointStore
+from workloads.storage.filesystems import resolve_uri
+
+_AFTER_START_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempts:
+    """The attempts at one run by one command."""
+
+    command: str  # tells this command's faults from those of earlier ones
+    journal: str
+    storage: str  # URI of the run's folder
+    retries: int
+    patience_s: float
+    is_elastic: bool
+
+    def judge(self, error: BaseException) -> tuple[Failure, Decision]:
+        """Name a failure and decide about it."""
+        failure = classify(error, saved_step=self._saved_step(), at_s=time.monotonic())
+        decision = decide(
+            failure, self.earlier(), retries=self.retries, patience_s=self.patience_s, elastic=self.is_elastic
+        )
+        return failure, decision
+
+    def earlier(self) -> list[Failure]:
+        """This command's failures so far."""
+        faults = [r for r in JournalReader(self.journal).read() if r["kind"] == "fault"]
+        return [Failure(**fault["failure"]) for fault in faults if fault["command"] == self.command]
+
+    def record(self, failure: Failure) -> None:
+        """Add a failure to the history, and to what people see: `fault/<kind>` counts, `run.faults` tells."""
+        journal = Journal(self.journal)
+        journal.append({"kind": "fault", "command": self.command, "failure": dataclasses.asdict(failure)})
+        if on_cluster():
+            count_fault(self.storage.rpartition("/")[2], failure.kind)
+        failures = self.earlier()
+        count = sum(other.kind == failure.kind for other in failures)
+        stamp = {"step": _place(failure), "time_ms": int(time.time() * 1000)}
+        journal.append({"kind": "metrics", **stamp, "metrics": {f"fault/{failure.kind}": count}})
+        told = "; ".join(f"{f.kind} at step {_place(f)}: {f.reason}" for f in failures)
+        journal.append({"kind": "tags", "tags": {"run.faults": without_secrets(told)[-4000:]}})
+
+    def _saved_step(self) -> int:
+        with contextlib.suppress(OSError):
+            filesystem, folder = resolve_uri(self.storage)
+            return max(CheckpointStore(filesystem, f"{folder}/checkpoints").steps(), default=0)
+        return max((failure.saved_step for failure in self.earlier()), default=0)
+
+
+def _place(failure: Failure) -> int:
+    return failure.saved_step if failure.step is None else failure.step
+
+
+class ControllerPolicy(FailurePolicy):
+    """Inside the controller: continue at once what may be continued at once; leave waiting and stopping to the driver."""
+
+    def __init__(self, failure_config: Any, attempts: Attempts) -> None:
+        super().__init__(failure_config)
+        self._attempts = attempts
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Retry, or raise to the driver, which judges again and records."""
+        failure, decision = self._attempts.judge(training_failed_error)
+        if decision.action == "stop" or decision.wait_s > 0:
+            return FailureDecision.RAISE
+        self._attempts.record(failure)
+        return FailureDecision.RETRY
+
+
+class PreemptionThread(PreemptionCallback):
+    """Looks for nodes about to be taken on a thread of the controller: Ray's own takes a process, started beside the
+    workers after every fault, just when they need the cores."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Watch the nodes of the new workers."""
+        self._stop_watcher()
+        ranks: dict[str, list[int]] = {}
+        actors: dict[int, Any] = {}
+        for worker in worker_group.get_workers():
+            rank = worker.distributed_context.world_rank
+            ranks.setdefault(worker.metadata.node_id, []).append(rank)
+            actors[rank] = worker.actor
+        watcher = PreemptionWatcher(ranks, self._poll_interval_s, actors)
+        self._watcher: Any = watcher
+
+    def _stop_watcher(self) -> None:
+        if self._watcher is not None:
+            self._watcher._stop_event.set()
+            self._watcher = None
+
+
+class ControllerSpare(WorkerGroupCallback):
+    """A spare for the actor by which a new group of workers wait for each other; it is the controller's own."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Order it when the workers have had the cores for their own start."""
+        order_later(_AFTER_START_S)
+
+
+class EmbeddedScaling(FixedScalingPolicy):
+    """A fixed number of workers on a Ray that cannot grow: asks no autoscaler, whose coordinator would be one more process."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nobody is asked for resources."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class LiveNodesScaling(ElasticScalingPolicy):
+    """Counts only nodes that answer. Ray takes a dead node for dead after some 15 s, and its own count of what it may use
+    is up to 20 s old; asking a dead node for a worker costs `start_timeout_s` and another controller on top."""
+
+    def _get_reserved_resources(self) -> Any:
+        parent: Any = super()
+        reserved = parent._get_reserved_resources()
+        if reserved is None:
+            return None
+        known = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in reserved]
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            answers = pool.map(_answers, known)
+            return {node["NodeID"]: reserved[node["NodeID"]] for node, ok in zip(known, answers, strict=True) if ok}
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether somebody listens where the node's raylet should."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=2.0).close()
+    except OSError:
+        return False
+    return True

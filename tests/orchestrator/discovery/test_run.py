@@ -1,0 +1,105 @@
+"""`orchestrator discover` on Ray Data's actors: killed in the middle and given again, every image once; the record in MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from orchestrator.cli.app import run
+from workloads.data.loading.loaders import read_annotations
+from workloads.data.store.manifest import open_dataset
+
+COMMON = (
+    "trunk.kind=vit",
+    "trunk.vit.depth=2",
+    "part_size=2",
+    "batch_size=2",
+    "gallery=2",
+    "decode_threads=1",
+    "scaling.cpus_per_worker=1",
+)
+
+
+def mlflow_runs(database: Path) -> list[object]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{database}")
+    return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+
+
+def test_killed_in_the_middle_and_given_again(
+    coco: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "runs" / "found"
+    arguments = ["discover", f"uri={coco['train']}", f"output={output}", "methods=[lost, centre]", *COMMON]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    command = [sys.executable, "-m", "orchestrator", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while len(done := list(output.glob("_parts/*/part-*.parquet"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for child in children:  # Ray's own processes, which would end a little later by themselves
+        if child.is_running():
+            child.kill()
+    finished = {path.name: path.stat().st_mtime_ns for path in output.glob("_parts/*/part-*.parquet")}
+    assert done and not (output / "figures.json").exists()
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    try:
+        assert run([*arguments, "scaling.num_workers=2"]) == 0
+    finally:
+        ray.shutdown()
+    told = capsys.readouterr().out
+    assert "CorLoc" in told and "eval/corloc" in told.splitlines()[-1]
+    table = pq.read_table(output / "lost" / "boxes.parquet")
+    assert sorted(table["image_id"].to_pylist()) == sorted(read_annotations(open_dataset(coco["train"])))
+    record = json.loads((output / "figures.json").read_text())
+    assert record["figures"]["discover/images"] == 16 and len(finished) < 8
+
+    runs = mlflow_runs(tmp_path / "runs" / "mlflow.db")
+    assert len(runs) == 1 and runs[0].info.status == "FINISHED"
+    assert runs[0].data.metrics["eval/corloc"] == record["figures"]["eval/corloc"]
+    assert runs[0].data.params["methods"] == '["lost", "centre"]'
+    assert not [v for v in (*runs[0].data.params.values(), *runs[0].data.tags.values()) if str(tmp_path) in v]
+    artifacts = Path(runs[0].info.artifact_uri.removeprefix("file://"))
+    assert (artifacts / "gallery" / "boxes.png").is_file()
+
+    third = run([*arguments])  # finished: only read again
+    assert third == 0 and len(mlflow_runs(tmp_path / "runs" / "mlflow.db")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["methods=[lost]"], "uri: name the dataset"),
+        (["uri=nowhere", "methods=[centre]"], "holds no manifest.json"),
+        (["uri=nowhere"], "trunk.kind: say whose features"),
+        (["uri=nowhere", "methods=[lots]"], "methods"),
+        (["a.yaml", "b.yaml", "uri=x"], "b.yaml: expected key=value"),
+        (["uri=nowhere", "scaling.workers=2"], "unknown key scaling.workers"),
+    ],
+)
+def test_a_wrong_request_starts_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("methods: [lost]")
+    assert run(["discover", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("_parts"))

@@ -1,0 +1,85 @@
+"""One grammar of dotted keys: YAML, overrides, and errors in words."""
+
+import pytest
+
+from workloads.config import (
+    ConfigError,
+    apply_overrides,
+    build,
+    config_hash,
+    describe,
+    flatten,
+    parse_overrides,
+    parse_yaml,
+    to_dict,
+    to_yaml,
+    valid_keys,
+)
+from workloads.spec.pretrain import PretrainConfig
+
+LEAST = {"data": {"uri": "somewhere"}}
+
+
+def built(*overrides: str) -> PretrainConfig:
+    return build(PretrainConfig, apply_overrides(LEAST, parse_overrides(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("objective.temprature=0.1", "unknown key objective.temprature; did you mean objective.temperature?"),
+        ("temperature=0.1", "unknown key temperature; did you mean objective.temperature?"),
+        ("objective.temperature=0", "objective.temperature: input should be greater than 0 (given: 0)"),
+        ("objective.temperature=warm", "objective.temperature: input should be a valid number (given: 'warm')"),
+        ("steps=true", "steps: input should be a valid integer (given: True)"),
+        ("steps=1.5", "steps: input should be a valid integer"),
+        ("optimizer.lr=.nan", "optimizer.lr"),
+        ("optimizer.lr=.inf", "optimizer.lr"),
+        ("optimizer.kind=adam", "optimizer"),
+        ("views.crop_scale=[0.3, 0.2]", "views.crop_scale: expected 0 < least <= largest"),
+        ("objective.levels=[P3, P7]", "P7 is a single cell at views.full_size=128"),
+        ("name=a/b", "name"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_with_its_key(override, sentence):
+    with pytest.raises(ConfigError) as error:
+        built(override)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("argument", ["steps", "=1", "a..b=1", "1a=2"])
+def test_an_override_is_key_equals_value(argument):
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_overrides([argument])
+
+
+def test_yaml_numbers_are_numbers_and_repeats_are_refused():
+    assert parse_yaml("a: 1e-3\nb: 1_000\nc: .5\nd: 1.5e+2\ne: 1e3x", source="x") == {
+        "a": 0.001, "b": 1000, "c": 0.5, "d": 150.0, "e": "1e3x",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="twice"):
+        parse_yaml("a: 1\na: 2", source="x")
+    with pytest.raises(ConfigError, match="x: not readable"):
+        parse_yaml("a: [1", source="x")
+
+
+def test_another_kind_replaces_the_whole_block():
+    base = apply_overrides(LEAST, parse_overrides(["optimizer.kind=adamw", "optimizer.betas=[0.9, 0.95]"]))
+    changed = build(PretrainConfig, apply_overrides(base, parse_overrides(["optimizer.lr=0.5", "optimizer.kind=sgd"])))
+    assert to_dict(changed.optimizer) == {"kind": "sgd", "lr": 0.5, "weight_decay": 1e-4, "momentum": 0.9}
+
+
+def test_a_config_survives_yaml_and_its_hash_is_of_its_values():
+    settings = built("objective.crop_grid=12", "optimizer.kind=lars")
+    again = build(PretrainConfig, parse_yaml(to_yaml(settings), source="x"))
+    assert again == settings and config_hash(again) == config_hash(settings)
+    assert config_hash(built("objective.crop_grid=13", "optimizer.kind=lars")) != config_hash(settings)
+    assert flatten(settings)["objective.crop_grid"] == 12
+    with pytest.raises(AttributeError):
+        settings.steps = 3
+
+
+def test_every_key_has_a_help_text():
+    assert [key for key, _, help_text in describe(PretrainConfig) if not help_text] == []
+    assert "optimizer.trust" in valid_keys(PretrainConfig)

@@ -1,0 +1,187 @@
+"""Regions of an image as a dataset stores them: a number for each pixel, from 1 on, 0 for none; encoded as 16-bit grey PNG."""
+
+import io
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Annotated
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from workloads.config import config
+from workloads.storage.filesystems import read_bytes, resolve_uri
+
+PREFIX = "regions_"
+"""What the name of every column of regions begins with."""
+
+MOST_REGIONS = 65535  # what 16 bits hold
+
+
+@config
+class GridColumnConfig:
+    """The cells of a grid over the image."""
+
+    size: Annotated[int, Field(ge=1, le=64)] = 5
+    """Cells a side."""
+
+
+@config
+class FelzenszwalbConfig:
+    """Felzenszwalb and Huttenlocher's graph-based segmentation (IJCV 2004), as DetCon uses it, at full resolution."""
+
+    scale: PositiveFloat = 1000.0
+    """Larger: larger regions."""
+    sigma: PositiveFloat = 0.8
+    """Standard deviation, pixels, of the Gaussian before it."""
+    min_size: PositiveInt = 1000
+    """Pixels of the smallest region."""
+
+
+@config
+class SlicConfig:
+    """Superpixels by K-means in colour and place (PAMI 2012)."""
+
+    segments: PositiveInt = 25
+    """About how many regions."""
+    compactness: PositiveFloat = 10.0
+    """Larger: squarer regions."""
+
+
+@config
+class PanopticConfig:
+    """COCO's panoptic masks: what people have drawn."""
+
+    masks: str
+    """Folder (path or URI) of the PNG files, each named as its image; an image without one has no regions."""
+
+
+@config
+class ColumnConfig:
+    """A column of a Parquet source that holds masks: PNG bytes, or a struct with them, grey of 8 or 16 bits."""
+
+    name: str
+    """Name of the column."""
+
+
+@config
+class RegionColumnsConfig:
+    """Which columns of regions a build adds; each is named `regions_` and the name of its source."""
+
+    grid: GridColumnConfig | None = None
+    felzenszwalb: FelzenszwalbConfig | None = None
+    slic: SlicConfig | None = None
+    panoptic: PanopticConfig | None = None
+    column: ColumnConfig | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns, without the prefix, in a fixed order."""
+        names = [name for name in ("grid", "felzenszwalb", "slic", "panoptic") if getattr(self, name) is not None]
+        return (*names, *([self.column.name] if self.column is not None else []))
+
+
+class RegionsError(Exception):
+    """A mask that was given cannot be used; the message says why."""
+
+
+def compute_regions(
+    image: Tensor, path: str, settings: RegionColumnsConfig, read_column: Callable[[], bytes] | None
+) -> dict[str, np.ndarray | None]:
+    """The regions of one upright image, uint8 (3, H, W): column → int32 (H, W), or None where it has none.
+
+    Args:
+        path: of the image within its source, by whose name panoptic masks are found.
+        read_column: bytes of the foreign column.
+
+    Raises:
+        RegionsError: a mask has another size than its image, or is no mask.
+        OSError: a mask cannot be read.
+    """
+    height, width = image.shape[1:]
+    found: dict[str, np.ndarray | None] = {}
+    if settings.grid is not None:
+        found["grid"] = _grid(height, width, settings.grid.size)
+    if settings.felzenszwalb is not None:
+        from skimage.segmentation import felzenszwalb
+
+        segments = settings.felzenszwalb
+        pixels = image.permute(1, 2, 0).numpy()
+        found["felzenszwalb"] = _dense(
+            felzenszwalb(pixels, scale=segments.scale, sigma=segments.sigma, min_size=segments.min_size) + 1
+        )
+    if settings.slic is not None:
+        from skimage.segmentation import slic
+
+        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        found["slic"] = _dense(
+            slic(pixels, n_segments=settings.slic.segments, compactness=settings.slic.compactness, start_label=1)
+        )
+    if settings.panoptic is not None:
+        found["panoptic"] = _panoptic(settings.panoptic, path)
+    if settings.column is not None and read_column is not None:
+        found[settings.column.name] = _dense(decode_regions(read_column()))
+    for name, ids in found.items():
+        if ids is not None and ids.shape != (height, width):
+            raise RegionsError(f"{name} is {ids.shape[1]}x{ids.shape[0]} pixels, the image {width}x{height}")
+    return found
+
+
+def _grid(height: int, width: int, size: int) -> np.ndarray:
+    row = (2 * np.arange(height) + 1) * size // (2 * height)
+    column = (2 * np.arange(width) + 1) * size // (2 * width)
+    return (1 + row[:, None] * size + column).astype(np.int32)
+
+
+def _panoptic(settings: PanopticConfig, path: str) -> np.ndarray | None:
+    filesystem, root = resolve_uri(settings.masks)
+    try:
+        data = read_bytes(filesystem, f"{root}/{PurePosixPath(path).stem}.png")
+    except FileNotFoundError:
+        return None
+    with Image.open(io.BytesIO(data)) as png:
+        red, green, blue = (np.asarray(channel, dtype=np.int64) for channel in png.convert("RGB").split())
+    return _dense(red + 256 * green + 65536 * blue)
+
+
+def _dense(ids: np.ndarray) -> np.ndarray:
+    """The same regions numbered from 1 without gaps, in the order of their numbers; 0 stays 0.
+
+    Raises:
+        RegionsError: more than 16 bits can tell apart.
+    """
+    known, index = np.unique(ids, return_inverse=True)
+    if len(known) > MOST_REGIONS:
+        raise RegionsError(f"{len(known)} regions are more than {MOST_REGIONS}")
+    return (index.reshape(ids.shape) + (0 if known[0] == 0 else 1)).astype(np.int32)
+
+
+def resize_regions(ids: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """`ids` (H, W) at another size, by nearest sampling at pixel centres."""
+    if ids.shape == size_hw:
+        return ids
+    row, column = (((2 * np.arange(new) + 1) * old // (2 * new)) for new, old in zip(size_hw, ids.shape, strict=True))
+    return ids[row[:, None], column]
+
+
+def encode_regions(ids: np.ndarray) -> bytes:
+    """int32 (H, W) as a PNG of 16-bit grey."""
+    buffer = io.BytesIO()
+    Image.fromarray(ids.astype(np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decode_regions(encoded: bytes | memoryview | np.ndarray) -> np.ndarray:
+    """A mask's numbers, int32 (H, W).
+
+    Raises:
+        RegionsError: not a grey image of 8 or 16 bits, nor one with a palette, whose indices are the numbers.
+    """
+    try:
+        with Image.open(io.BytesIO(bytes(encoded))) as png:
+            if png.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
+                raise RegionsError(f"a mask of mode {png.mode} has no numbers; give grey of 8 or 16 bits")
+            return np.asarray(png).astype(np.int32)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RegionsError(f"not a readable mask ({error})") from None

@@ -1,0 +1,236 @@
+"""Encoded bytes to pixels: right side up, RGB, straight into the batch's canvas, on a pool of threads.
+
+torchvision's operators and Pillow's decoders release the GIL: threads suffice, nothing is copied between processes.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401 - registers torch.ops.image
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from workloads.data.build.region_masks import RegionsError, decode_regions, resize_regions
+
+Encoded: TypeAlias = bytes | memoryview | np.ndarray
+
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded; Pillow's own limit against decompression bombs, doubled as Pillow does to fail."""
+
+EXIF_ORIENTATION = 0x0112
+_RGB = 3  # torchvision.io.ImageReadMode.RGB; the module's wrappers warn at every call, its operators do not
+_DECODE_ERRORS = (RuntimeError, OSError, ValueError, SyntaxError, MemoryError, TypeError, EOFError)
+
+
+class DecodeError(Exception):
+    """These bytes are no readable image; the message says why."""
+
+
+def decode_image(encoded: Encoded) -> Tensor:
+    """One image, uint8 (3, H, W), RGB, its EXIF orientation applied.
+
+    Raises:
+        DecodeError: not an image, truncated, or absurdly large.
+    """
+    try:
+        data = bytearray(encoded)  # a copy, because torch wants writable memory; small beside the decoding
+        if data[:2] == b"\xff\xd8" or data[:4] == b"\x89PNG":
+            image = torch.ops.image.decode_image(torch.frombuffer(data, dtype=torch.uint8), _RGB, True)
+            if image.dtype == torch.uint16:
+                image = (image.to(torch.int32) >> 8).to(torch.uint8)
+            return image
+        return _decode_with_pillow(data)
+    except _DECODE_ERRORS as error:
+        # Without the place in torchvision's sources that its messages begin with.
+        reason = re.sub(r"^\S+, \S+:\d+, ", "", " ".join(str(error).split()))
+        raise DecodeError(reason[:200] or type(error).__name__) from None
+
+
+def _decode_with_pillow(data: bytearray) -> Tensor:
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+            # Pillow clips 16-bit grey at 255 instead of scaling it.
+            grey = np.asarray(upright).astype(np.float64)
+            scaled = grey / 257 if upright.mode.startswith("I") else grey
+            upright = Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+        return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+def decode_jpeg_scaled(encoded: Encoded, longer_side: int) -> tuple[Tensor, tuple[int, int]] | None:
+    """A JPEG decoded at 1/2, 1/4 or 1/8 of its size, not below what `longer_side` asks for, and shrunk to that.
+
+    libjpeg leaves the higher frequencies of each block out instead of decoding and averaging them: quicker, and not quite
+    the same pixels.
+
+    Returns:
+        uint8 (3, H, W), RGB, upright, its longer side `longer_side` pixels, and the source's height and width; None where
+        nothing is won: no JPEG, or too small.
+
+    Raises:
+        DecodeError: as `decode_image`.
+    """
+    data = memoryview(encoded)  # type: ignore[arg-type]  # an array is a buffer too
+    if bytes(data[:2]) != b"\xff\xd8":
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            target_h, target_w = shrunk_hw(height, width, longer_side)
+            if min(width // target_w, height // target_h) < 2:
+                return None
+            on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            drafted: Any = image.draft("RGB", (target_w, target_h))
+            # The scaled image ends with whole blocks; the source's own extent in it has a fraction.
+            extent = drafted[1] if drafted is not None else None
+            shrunk = image.convert("RGB").resize((target_w, target_h), Image.Resampling.BILINEAR, box=extent)
+            shrunk.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+            pixels = torch.from_numpy(np.array(ImageOps.exif_transpose(shrunk))).permute(2, 0, 1)
+        return pixels, (width, height) if on_its_side else (height, width)
+    except _DECODE_ERRORS as error:
+        raise DecodeError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+def decode_batch(
+    encoded: Sequence[Encoded | None],
+    *,
+    decode_size: int | None,
+    pool: ThreadPoolExecutor,
+    pinned: bool = False,
+    dct_scaling: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Decode a batch into one canvas.
+
+    With a `decode_size` s, an image whose longer side exceeds s is shrunk to it (antialiased, aspect kept; never
+    enlarged) and stands at the top left of an s×s canvas, zeros elsewhere. Without one, images keep their resolution
+    and the canvas is as large as the batch's largest height and width.
+
+    With `pinned` the canvas is in page-locked memory, from which a GPU copies while it computes. With `dct_scaling` JPEGs
+    that are at least twice as large as `decode_size` are decoded at a fraction of their size (`decode_jpeg_scaled`).
+
+    Returns:
+        images uint8 (B, 3, H, W); content_hw and source_hw int64 (B, 2), pixels; valid bool (B,), False where there
+        were no bytes or they did not decode: such a row is all zeros.
+    """
+    content = np.zeros((len(encoded), 2), dtype=np.int64)
+    source = np.zeros((len(encoded), 2), dtype=np.int64)
+    if decode_size is not None:
+        canvas = _canvas(len(encoded), decode_size, decode_size, pinned)
+        rows = canvas.numpy()
+
+        def work(i: int) -> None:
+            decoded = _try_decode(encoded[i], decode_size, dct_scaling)
+            if decoded is not None:
+                image, source[i] = decoded
+                content[i] = image.shape[1:]
+                _place(image, rows[i])
+
+        _for_each(pool, work, len(encoded))
+    else:
+        found = list(pool.map(lambda data: _try_decode(data, None), encoded))
+        for i, decoded in enumerate(found):
+            if decoded is not None:
+                source[i] = content[i] = decoded[0].shape[1:]
+        height, width = (max(1, int(side)) for side in content.max(axis=0, initial=0))
+        canvas = _canvas(len(encoded), height, width, pinned)
+        list(pool.map(_place, [decoded and decoded[0] for decoded in found], canvas.numpy()))
+    return canvas, torch.from_numpy(content), torch.from_numpy(source), torch.from_numpy(content[:, 0] > 0)
+
+
+def decode_regions_batch(
+    encoded: Sequence[bytes | None],
+    *,
+    content_hw: Tensor,
+    canvas_hw: tuple[int, int],
+    pool: ThreadPoolExecutor,
+    pinned: bool = False,
+) -> tuple[Tensor, int]:
+    """Region masks at the size of their images, on a canvas like theirs.
+
+    Args:
+        content_hw: int64 (B, 2), from `decode_batch`; an image that did not decode has no regions.
+
+    Returns:
+        int32 (B, H, W), 0 where there is no region or no readable mask; and the highest number in it.
+    """
+    canvas = torch.zeros((len(encoded), *canvas_hw), dtype=torch.int32, pin_memory=pinned)
+    rows, sizes = canvas.numpy(), content_hw.tolist()
+
+    def work(i: int) -> int:
+        data, (height, width) = encoded[i], sizes[i]
+        if data is None or height == 0:
+            return 0
+        try:
+            ids = resize_regions(decode_regions(data), (height, width))
+        except RegionsError:
+            return 0
+        rows[i, :height, :width] = ids
+        return int(ids.max(initial=0))
+
+    return canvas, max(pool.map(work, range(len(encoded))), default=0)
+
+
+def _canvas(count: int, height: int, width: int, pinned: bool) -> Tensor:
+    if pinned:
+        return torch.zeros((count, 3, height, width), dtype=torch.uint8, pin_memory=True)
+    # numpy's zeros come from the system already cleared, torch clears them itself.
+    return torch.from_numpy(np.zeros((count, 3, height, width), dtype=np.uint8))
+
+
+def _for_each(pool: ThreadPoolExecutor, work: Callable[[int], None], count: int) -> None:
+    # A few images a task: handing over a small image costs a tenth of decoding it.
+    chunk = 4 if count >= 32 else 1
+    starts = range(0, count, chunk)
+
+    def some(start: int) -> None:
+        for i in range(start, min(start + chunk, count)):
+            work(i)
+
+    list(pool.map(some, starts))
+
+
+def _place(image: Tensor | None, canvas: np.ndarray) -> None:
+    if image is None:
+        return
+    # numpy copies on this thread alone; torch would wake its own pool in each of ours.
+    np.copyto(canvas[:, : image.shape[1], : image.shape[2]], image.numpy())
+
+
+def _try_decode(
+    encoded: Encoded | None, decode_size: int | None, dct_scaling: bool = False
+) -> tuple[Tensor, tuple[int, int]] | None:
+    if encoded is None:
+        return None
+    try:
+        if dct_scaling and decode_size is not None:
+            scaled = decode_jpeg_scaled(encoded, decode_size)
+            if scaled is not None:
+                return scaled
+        image = decode_image(encoded)
+    except DecodeError:
+        return None
+    height, width = image.shape[1:]
+    return shrink(image, decode_size), (height, width)
+
+
+def shrunk_hw(height: int, width: int, longer_side: int | None) -> tuple[int, int]:
+    """The size, pixels, at which the longer side is at most `longer_side`; never larger than it was."""
+    if longer_side is None or max(height, width) <= longer_side:
+        return height, width
+    scale = longer_side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def shrink(image: Tensor, longer_side: int | None) -> Tensor:
+    """`image` uint8 (3, H, W) with its longer side at most `longer_side` pixels, antialiased bilinear."""
+    size = shrunk_hw(image.shape[1], image.shape[2], longer_side)
+    if size == tuple(image.shape[1:]):
+        return image
+    # Decoders give packed RGB. Said in strides that torch takes for channels_last, it is resized as it is, without a copy.
+    packed = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(packed, size=size, mode="bilinear", align_corners=False, antialias=True)[0]

@@ -1,0 +1,60 @@
+"""The ledger: which images a run was really trained on, step by step, written down by each worker."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from workloads.parallel.distributed import wait_for_all
+from workloads.types import ImageBatch
+
+
+class Ledger:
+    """One rank's list. A segment covers the steps since the last checkpoint and is written before the next one is.
+
+    So what a crash undoes is listed by the attempt that trained it last: `step_00000320/rank_0.jsonl` says, in its first
+    line, of how many ranks the surviving attempt of these steps was.
+    """
+
+    def __init__(self, folder: str, *, rank: int, world_size: int) -> None:
+        self._folder, self._rank, self._world_size = Path(folder), rank, world_size
+        self._lines: list[dict[str, object]] = []
+
+    def add(self, step: int, batch: ImageBatch) -> None:
+        """Note one step's rows."""
+        rows = zip(batch.image_ids, batch.positions.tolist(), batch.valid.tolist(), strict=True)
+        trained: list[tuple[str, int]] = []
+        undecodable: list[tuple[str, int]] = []
+        for image_id, position, valid in rows:
+            (trained if valid else undecodable).append((image_id, position))
+        self._lines.append({"step": step, "epoch": batch.epoch, "trained": trained, "undecodable": undecodable})
+
+    def close_segment(self, step: int) -> None:
+        """Write down what was trained up to `step`; all ranks return when all have."""
+        folder = self._folder / f"step_{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"rank_{self._rank}.partial"
+        lines = [{"world_size": self._world_size}, *self._lines]
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        partial.rename(folder / f"rank_{self._rank}.jsonl")
+        self._lines = []
+        wait_for_all()
+
+
+def read_ledger(folder: str | Path) -> Iterator[dict[str, object]]:
+    """The lines (`step`, `epoch`, `trained`, `undecodable`) of the surviving history, in the order of the steps.
+
+    A segment that begins within an earlier one replaces its end: the run went back to the checkpoint before.
+    """
+    steps: dict[int, list[dict[str, object]]] = {}
+    for segment in sorted(Path(folder).glob("step_*")):
+        if not (segment / "rank_0.jsonl").is_file():
+            continue
+        first = json.loads((segment / "rank_0.jsonl").read_text().splitlines()[0])
+        covered: dict[int, list[dict[str, object]]] = {}
+        for rank in range(first["world_size"]):
+            for text in (segment / f"rank_{rank}.jsonl").read_text().splitlines()[1:]:
+                line = json.loads(text)
+                covered.setdefault(line["step"], []).append(line)
+        steps |= covered
+    for step in sorted(steps):
+        yield from steps[step]

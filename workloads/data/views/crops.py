@@ -1,0 +1,239 @@
+"""Views of a batch: the whole image and K small crops of it, made on the device, one antialiased resampling each."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from workloads.config import ConfigError, config
+from workloads.data.views.counter_random import stream, uniform
+from workloads.types import CropGeometry, ImageBatch, Views
+
+Share = Annotated[float, Field(ge=0, le=1)]
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, as torchvision's rgb_to_grayscale
+
+
+@config
+class JitterConfig:
+    """Photometric changes of a crop, of the strength that torchvision's ColorJitter means by the same numbers."""
+
+    share: Share = 0.5
+    """Share of the crops whose colours are jittered."""
+    brightness: Share = 0.4
+    """Brightness factor is drawn from 1 ± this."""
+    contrast: Share = 0.4
+    """Contrast factor is drawn from 1 ± this."""
+    saturation: Share = 0.4
+    """Saturation factor is drawn from 1 ± this."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Hue is rotated by up to ± this share of the colour circle."""
+    grey: Share = 0.2
+    """Share of the jittered crops that lose their colour altogether."""
+
+
+@config
+class ViewsConfig:
+    """How an image becomes a full view and its crops (arXiv 2402.13465, section 3)."""
+
+    kind: Literal["crops"] = "crops"
+    """Which views; those of anchor_ntxent."""
+    full_size: Annotated[int, Field(ge=32, multiple_of=32)] = 128
+    """Side of the square full view, pixels; the image is stretched to it."""
+    crop_size: Annotated[int, Field(ge=16)] = 64
+    """Side of the square that a crop is resampled to, pixels."""
+    crops_per_image: Annotated[int, Field(ge=1, le=64)] = 4
+    """Crops that share one full view."""
+    crop_scale: tuple[Share, Share] = (0.10, 0.25)
+    """Least and largest side of a crop, as a share of the image's longer side; width and height are drawn independently."""
+    crop_fit: Literal["stretch", "pad"] = "stretch"
+    """Whether a crop is stretched to the square or keeps its aspect ratio within it."""
+    horizontal_flip: Share = 0.5
+    """Share of crops, and independently of full views, that are mirrored left to right."""
+    vertical_flip: Share = 0.5
+    """Share of crops, and independently of full views, that are mirrored top to bottom."""
+    jitter: JitterConfig = JitterConfig()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ConfigError(f"views.crop_scale: expected 0 < least <= largest, given {list(self.crop_scale)}")
+
+    @property
+    def regions_column(self) -> None:
+        """Crops need no regions."""
+        return None
+
+    @property
+    def views_per_image(self) -> int:
+        """Pictures of each image that go through a trunk."""
+        return 1 + self.crops_per_image
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """Crops in pixels of the canvas: (B, K) each."""
+
+    left: Tensor
+    top: Tensor
+    width: Tensor
+    height: Tensor
+
+
+def make_views(batch: ImageBatch, settings: ViewsConfig, *, seed: int) -> Views:
+    """Draw and render the training views of `batch` on its device.
+
+    Every draw is a function of (seed, epoch, position): the same image gets the same views on any number of workers.
+    """
+    return render_views(batch, settings, keys=batch.positions, stream_id=stream(seed, "views", batch.epoch))
+
+
+def render_views(batch: ImageBatch, settings: ViewsConfig, *, keys: Tensor, stream_id: int) -> Views:
+    """Render the views of `batch` from draws keyed by `keys`, int64 (B,)."""
+    size, count = settings.full_size, settings.crops_per_image
+    draws = uniform(stream_id, keys, 2 + 12 * count)
+    flip_shares = draws.new_tensor([settings.horizontal_flip, settings.vertical_flip])
+    full_flips = draws[:, :2] < flip_shares
+    per_crop = draws[:, 2:].reshape(-1, count, 12)
+    crop_flips = per_crop[..., 4:6] < flip_shares
+    placement = _place_crops(per_crop[..., :4], batch.content_hw, settings.crop_scale)
+
+    images = batch.images.to(torch.float32).div_(255.0)
+    content = batch.content_hw.to(torch.float32)
+    zero = torch.zeros_like(content[:, :1])
+    full = resample(
+        images,
+        axis_weights(zero, content[:, :1], full_flips[:, None, 1], images.shape[2], size),
+        axis_weights(zero, content[:, 1:], full_flips[:, None, 0], images.shape[3], size),
+    )[:, 0]
+    square = torch.maximum(placement.width, placement.height) if settings.crop_fit == "pad" else None
+    crops = resample(
+        images,
+        axis_weights(placement.top, placement.height, crop_flips[..., 1], images.shape[2], settings.crop_size, square),
+        axis_weights(placement.left, placement.width, crop_flips[..., 0], images.shape[3], settings.crop_size, square),
+    )
+    crops = jitter_colours(crops, per_crop[..., 6:12], settings.jitter)
+    return Views(
+        full=full,
+        crops=crops,
+        geometry=CropGeometry(
+            box_xyxy=_boxes_in_full_view(placement, content, full_flips, size),
+            crop_flips=crop_flips,
+            full_flips=full_flips,
+            full_size_hw=(size, size),
+            crop_size_hw=(settings.crop_size, settings.crop_size),
+        ),
+        valid=batch.valid,
+        positions=batch.positions,
+        epoch=batch.epoch,
+    )
+
+
+def _place_crops(draws: Tensor, content_hw: Tensor, scale: tuple[float, float]) -> _Placement:
+    """Crops from four draws each, (B, K, 4), inside images of `content_hw` (B, 2)."""
+    height, width = content_hw.to(torch.float32).unbind(1)
+    longer = torch.maximum(height, width)[:, None]
+    crop_width = torch.minimum((scale[0] + draws[..., 0] * (scale[1] - scale[0])) * longer, width[:, None])
+    crop_height = torch.minimum((scale[0] + draws[..., 1] * (scale[1] - scale[0])) * longer, height[:, None])
+    left = draws[..., 2] * (width[:, None] - crop_width)
+    top = draws[..., 3] * (height[:, None] - crop_height)
+    return _Placement(left, top, crop_width, crop_height)
+
+
+def _boxes_in_full_view(placement: _Placement, content: Tensor, full_flips: Tensor, size: int) -> Tensor:
+    """(B, K, 4) xyxy in pixels of the full view after its flips."""
+    to_x, to_y = size / content[:, 1:], size / content[:, :1]
+    x0, x1 = placement.left * to_x, (placement.left + placement.width) * to_x
+    y0, y1 = placement.top * to_y, (placement.top + placement.height) * to_y
+    mirrored_x, mirrored_y = full_flips[:, :1], full_flips[:, 1:]
+    x0, x1 = torch.where(mirrored_x, size - x1, x0), torch.where(mirrored_x, size - x0, x1)
+    y0, y1 = torch.where(mirrored_y, size - y1, y0), torch.where(mirrored_y, size - y0, y1)
+    return torch.stack([x0, y0, x1, y1], dim=-1).clamp(0, size)
+
+
+def axis_weights(
+    start: Tensor, length: Tensor, flip: Tensor, source: int, target: int, span: Tensor | None = None
+) -> Tensor:
+    """Weights (B, K, target, source) that resample [start, start + length) of one axis to `target` pixels.
+
+    The triangle filter of antialiased bilinear resizing (as Pillow's and torchvision's): its support grows with the
+    reduction, and only pixels that the interval touches take part, so the result equals cropping first. With `span`
+    (pad), `target` pixels cover that longer interval about the same centre, and those outside [start, start + length) are zero.
+    """
+    span = length if span is None else span
+    first = start + (length - span) / 2
+    step = (span / target)[..., None]
+    out = torch.arange(target, device=start.device, dtype=torch.float32)
+    out = torch.where(flip[..., None], target - 1 - out, out)
+    centers = first[..., None] + (out + 0.5) * step
+    pixels = torch.arange(source, device=start.device, dtype=torch.float32)
+    distance = (pixels + 0.5 - centers[..., None]).abs() / step.clamp(min=1.0)[..., None]
+    begin, end = start[..., None, None], (start + length)[..., None, None]
+    # An interval's end that was rounded must not touch one pixel more.
+    touched = (pixels + 1 > begin + 1e-3) & (pixels < end - 1e-3)
+    weights = (1 - distance).clamp_(min=0) * touched
+    inside = (centers > start[..., None]) & (centers < (start + length)[..., None])
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6) * inside[..., None]
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, 3, H, W) by rows (B, K, h, H) and columns (B, K, w, W) to (B, K, 3, h, w)."""
+    b, channels, height, width = images.shape
+    k, h = rows.shape[1], rows.shape[2]
+    by_row = images.permute(0, 2, 1, 3).reshape(b, height, channels * width)
+    tall = torch.bmm(rows.reshape(b, k * h, height), by_row)
+    out = torch.bmm(tall.reshape(b * k, h * channels, width), columns.flatten(0, 1).transpose(1, 2))
+    return out.reshape(b, k, h, channels, -1).transpose(2, 3)
+
+
+def crop_boxes(images: Tensor, boxes_xyxy: Tensor, size: int) -> Tensor:
+    """Each image's box, stretched to a square, antialiased: float32 (B, 3, size, size) in [0, 1].
+
+    Args:
+        images: uint8 (B, 3, H, W). boxes_xyxy: float (B, 4), pixels of the canvas, not empty.
+    """
+    box = boxes_xyxy.float()[:, None].to(images.device)
+    upright = torch.zeros_like(box[..., 0], dtype=torch.bool)
+    rows = axis_weights(box[..., 1], box[..., 3] - box[..., 1], upright, images.shape[2], size)
+    columns = axis_weights(box[..., 0], box[..., 2] - box[..., 0], upright, images.shape[3], size)
+    return resample(images.to(torch.float32).div_(255.0), rows, columns)[:, 0]
+
+
+def jitter_colours(crops: Tensor, draws: Tensor, settings: JitterConfig) -> Tensor:
+    """Brightness, contrast, saturation, hue, then grey, in this order.
+
+    Args:
+        crops: float32 (B, K, 3, h, w) in [0, 1].
+        draws: float32 (B, K, 6) in [0, 1): whether at all, four strengths, whether grey.
+    """
+    if settings.share == 0:
+        return crops
+    strengths = draws.new_tensor([settings.brightness, settings.contrast, settings.saturation, 2 * settings.hue])
+    factors = (1 + (2 * draws[..., 1:5] - 1) * strengths)[..., None, None, None]
+    jittered = (crops * factors[:, :, 0]).clamp_(0, 1)
+    mean = grey(jittered).mean((-3, -2, -1), keepdim=True)
+    jittered = torch.lerp(mean, jittered, factors[:, :, 1]).clamp_(0, 1)
+    jittered = torch.lerp(grey(jittered), jittered, factors[:, :, 2]).clamp_(0, 1)
+    if settings.hue > 0:
+        jittered = _rotate_hue(jittered, (factors[:, :, 3] - 1) * torch.pi).clamp_(0, 1)
+    to_grey = (draws[..., 5] < settings.grey)[..., None, None, None]
+    jittered = torch.where(to_grey, grey(jittered), jittered)
+    return torch.where((draws[..., 0] < settings.share)[..., None, None, None], jittered, crops)
+
+
+def grey(images: Tensor) -> Tensor:
+    red, green, blue = images.unbind(-3)
+    return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).unsqueeze(-3)
+
+
+def _rotate_hue(images: Tensor, angle: Tensor) -> Tensor:
+    """Rotate chroma by `angle` radians in the YIQ plane: hue changes, luma does not; linear, unlike a trip through HSV."""
+    luma = grey(images).squeeze(-3)
+    red, green, blue = images.unbind(-3)
+    i = 0.595716 * red - 0.274453 * green - 0.321263 * blue
+    q = 0.211456 * red - 0.522591 * green + 0.311135 * blue
+    cos, sin = torch.cos(angle).squeeze(-3), torch.sin(angle).squeeze(-3)
+    i, q = cos * i - sin * q, sin * i + cos * q
+    return torch.stack(
+        [luma + 0.9563 * i + 0.6210 * q, luma - 0.2721 * i - 0.6474 * q, luma - 1.1070 * i + 1.7046 * q], dim=-3
+    )

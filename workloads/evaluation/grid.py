@@ -1,0 +1,273 @@
+"""Evaluation by the frozen protocols, exact over any number of ranks: grid accuracy, and what frozen features know."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from workloads.config import ConfigError, config_hash, to_dict
+from workloads.data.loading.loaders import DataConfig, EvalLoader, read_annotations
+from workloads.data.store.manifest import Dataset, open_dataset
+from workloads.data.views.counter_random import text_keys
+from workloads.metrics import grid_accuracy, representation
+from workloads.metrics.grid_accuracy import SUITES, GridModel
+from workloads.metrics.representation import Features, RepresentationConfig, Split
+from workloads.models.backbone import imagenet_normalized
+from workloads.objectives.anchor_ntxent import AnchorNTXentConfig
+from workloads.parallel.distributed import gather_rows
+from workloads.parallel.runtime import Runtime, new_folder
+from workloads.reports.heatmaps import draw_heatmaps
+from workloads.spec.pretrain import EvaluationConfig, PretrainConfig, build_objective, load_model
+from workloads.storage.checkpoint import read_meta
+from workloads.types import ImageBatch
+
+
+class GridEvaluation:
+    """SGA, RIGA and GAP-R of a model on one dataset, reported through the runtime by every rank alike."""
+
+    def __init__(self, run: PretrainConfig, evaluation: EvaluationConfig, dataset: Dataset, runtime: Runtime) -> None:
+        self.run_settings, self.settings, self.dataset, self.runtime = run, evaluation, dataset, runtime
+
+    def run(self, model: torch.nn.Module, *, step: int, final: bool) -> dict[str, float]:
+        """Measure `model` and report its figures at `step`, with tables and heatmaps as artifacts.
+
+        Args:
+            final: whether RIGA, and so GAP-R, are measured too; they cost as much again for each untrained network.
+        """
+        protocol = self.settings.protocol
+        model.eval()
+        networks = self._untrained() if final else []
+        mine = grid_accuracy.measure(model, networks, lambda: self._batches(), protocol)  # type: ignore[arg-type]
+        tables = grid_accuracy.merge([_gathered(mine)])
+        figures = grid_accuracy.summarize(tables, protocol)
+        folder = None
+        if self.runtime.rank == 0:
+            folder = new_folder()
+            self._write_artifacts(folder, model, tables, figures, step)  # type: ignore[arg-type]
+        self.runtime.report(figures, step=step, artifacts=folder)
+        return figures
+
+    def _untrained(self) -> list[GridModel]:
+        """Networks of the run's architecture and other seeds, in eval mode with BatchNorm's initial statistics (mean 0, variance 1)."""
+        networks: list[GridModel] = []
+        state = torch.get_rng_state()
+        for i in range(self.settings.protocol.untrained_networks):
+            torch.manual_seed(self.settings.protocol.seed + i)
+            network: Any = build_objective(self.run_settings, seed=0).eval().to(self.runtime.device)
+            networks.append(network)
+        torch.set_rng_state(state)
+        return networks
+
+    def _batches(self) -> Iterator[ImageBatch]:
+        # Queries come from the source resolution, whatever the training reads.
+        settings = self.settings
+        reading = DataConfig(uri=settings.uri or self.dataset.uri, decode_size=None)
+        loader = EvalLoader(
+            self.dataset,
+            reading,
+            batch_size=settings.batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            limit=settings.limit,
+        )
+        for batch in loader:
+            yield batch.to(self.runtime.device)
+
+    def _write_artifacts(
+        self,
+        folder: Path,
+        model: GridModel,
+        tables: dict[str, dict[str, np.ndarray]],
+        figures: dict[str, float],
+        step: int,
+    ) -> None:
+        report = folder / "report"
+        report.mkdir(parents=True)
+        protocol = self.settings.protocol
+        record = {
+            "step": step,
+            "figures": figures,
+            "protocol": to_dict(protocol),
+            "protocol_sha256": config_hash(protocol),
+            "dataset_manifest_sha256": self.dataset.manifest.sha256,
+        }
+        (report / f"grid_accuracy_step_{step:07d}.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        arrays = {f"{suite}/{name}": column for suite, table in tables.items() for name, column in table.items()}
+        np.savez_compressed(report / f"grid_accuracy_step_{step:07d}.npz", **arrays)  # type: ignore[arg-type]
+        if self.settings.heatmaps == 0:
+            return
+        batch = self._first_images(self.settings.heatmaps)
+        (folder / "heatmaps").mkdir()
+        for suite in SUITES:
+            with torch.no_grad():
+                views = grid_accuracy.frozen_views(batch, protocol, suite)
+                maps = grid_accuracy.similarity_maps(model, views, protocol)
+            target = folder / "heatmaps" / f"{suite}_step_{step:07d}.png"
+            draw_heatmaps(views, maps, target, title=_title(figures, suite, step))
+
+    def _first_images(self, count: int) -> ImageBatch:
+        reading = DataConfig(uri=self.settings.uri or self.dataset.uri, decode_size=None)
+        batches = iter(EvalLoader(self.dataset, reading, batch_size=min(count, self.dataset.num_images), limit=count))
+        batch = next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        return batch.to(self.runtime.device)
+
+
+def _title(figures: dict[str, float], suite: str, step: int) -> str:
+    prefix = "eval/" if suite == "plain" else f"eval/{suite}/"
+    named = (("SGA", "sga"), ("pixel", "pixel"), ("chance", "chance"))
+    return f"{suite}, step {step}:  " + "   ".join(f"{name} {100 * figures[prefix + key]:.1f} %" for name, key in named)
+
+
+def _gathered(tables: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """The tables of all ranks, joined; every rank gets the same."""
+    return {
+        suite: {name: gather_rows(torch.from_numpy(column)).numpy() for name, column in table.items()}
+        for suite, table in tables.items()
+    }
+
+
+class RepresentationEvaluation:
+    """Nearest neighbours and a linear probe on a trunk's frozen features, reported through the runtime by every rank alike."""
+
+    def __init__(self, evaluation: EvaluationConfig, settings: RepresentationConfig, runtime: Runtime) -> None:
+        self.settings, self.runtime = settings, runtime
+        self._batch_size = evaluation.batch_size
+        self._train, self._test, self.split = self.check(settings)
+
+    @staticmethod
+    def check(settings: RepresentationConfig) -> tuple[Dataset, Dataset, Split]:
+        """The datasets to learn from and to tell apart, and which of their images.
+
+        Raises:
+            ConfigError: nothing can be told apart there.
+            DataError: no dataset there.
+        """
+        train = open_dataset(settings.train_uri)
+        test = open_dataset(settings.test_uri) if settings.test_uri is not None else None
+        split = representation.choose_split(_labels(train), _labels(test) if test is not None else None, settings)
+        if len(split.classes) < 2 or not split.test:
+            raise ConfigError(
+                f"evaluation.representation.train_uri: {settings.train_uri} has {len(split.classes)} classes and leaves "
+                f"{len(split.test)} images to tell apart; give a dataset with labels, or a test_uri"
+            )
+        return train, train if test is None else test, split
+
+    def run(self, model: torch.nn.Module, *, step: int, final: bool) -> dict[str, float]:
+        """Measure `model.trunk` and report its figures at `step`, with each test image's hits as an artifact.
+
+        Args:
+            final: whether the linear probe is trained, too; it is at step 0, from which gains are counted.
+
+        Returns:
+            The figures on rank 0; nothing elsewhere.
+        """
+        model.eval()
+        trunk: Any = model.trunk
+        train, train_labels = self._features(trunk, self._train, self.split.train)
+        test, test_labels = self._features(trunk, self._test, self.split.test)
+        figures: dict[str, float] = {}
+        folder = None
+        if self.runtime.rank == 0:
+            linear = (final or step == 0) and self.settings.linear
+            figures, hits = representation.measure(train, train_labels, test, test_labels, self.settings, linear=linear)
+            folder = new_folder()
+            (folder / "report").mkdir(parents=True)
+            np.savez_compressed(folder / "report" / f"representation_step_{step:07d}.npz", **hits)  # type: ignore[arg-type]
+        self.runtime.report(figures, step=step, artifacts=folder)
+        return figures
+
+    def _features(self, trunk: Any, dataset: Dataset, wanted: dict[str, int]) -> tuple[Features, np.ndarray]:
+        """Of all ranks' images, ordered by their hashes, so that figures do not depend on how images were shared out."""
+        loader = EvalLoader(
+            dataset,
+            DataConfig(uri=dataset.uri, decode_size=None),
+            batch_size=self._batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            wanted=frozenset(wanted),
+        )
+        batches = (batch.to(self.runtime.device) for batch in loader)
+        mine = representation.extract(
+            lambda images: trunk.pooled(imagenet_normalized(images)), batches, frozenset(wanted), self.settings
+        )
+        joined = [
+            gather_rows(torch.from_numpy(x).to(self.runtime.device)) for x in (mine.trunk, mine.pixel, mine.image)
+        ]
+        order = joined[2].argsort()
+        vectors, pixels, images = (x[order].cpu().numpy() for x in joined)
+        by_hash = dict(zip(text_keys(tuple(wanted)).tolist(), wanted.values(), strict=True))
+        labels = np.array([by_hash[image] for image in images.tolist()], dtype=np.int64)
+        return Features(trunk=vectors, pixel=pixels, image=images), labels
+
+
+def _labels(dataset: Dataset) -> dict[str, str | None]:
+    return {image: found.label for image, found in read_annotations(dataset).items()}
+
+
+Evaluation: TypeAlias = GridEvaluation | RepresentationEvaluation
+
+
+def evaluations_of(run: PretrainConfig, runtime: Runtime) -> list[Evaluation]:
+    """What `run` asks to be measured.
+
+    Raises:
+        ConfigError: nothing can be told apart there.
+        DataError: no dataset there.
+    """
+    wanted, found = run.evaluation, list[Evaluation]()
+    if wanted.uri is not None:
+        found.append(GridEvaluation(run, wanted, open_dataset(wanted.uri), runtime))
+    if wanted.representation is not None:
+        found.append(RepresentationEvaluation(wanted, wanted.representation, runtime))
+    return found
+
+
+def evaluate(
+    checkpoint: Path,
+    *,
+    config: EvaluationConfig,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Measure a checkpoint by all that `config` asks for, RIGA, GAP-R and the linear probe included, and report it at its step.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        ConfigError: its objective has no pyramid to measure, or nothing is asked for.
+        DataError: no dataset there.
+    """
+    model, trained = load_model(checkpoint, device=runtime.device)
+    run = replace(trained, evaluation=config)
+    check_measurable(run)
+    evaluations = evaluations_of(run, runtime)
+    if not evaluations:
+        raise ConfigError("evaluation.uri: name a dataset to evaluate on, or evaluation.representation.train_uri")
+    step = read_meta(str(checkpoint)).step
+    figures: dict[str, float] = {}
+    for evaluation in evaluations:
+        figures |= evaluation.run(model, step=step, final=True)
+    return figures
+
+
+def check_measurable(run: PretrainConfig) -> None:
+    """See that grid accuracy is asked only of what has a pyramid, and of levels that it trains.
+
+    Raises:
+        ConfigError: names the key and what to do.
+    """
+    if run.evaluation.uri is None:
+        return
+    if not isinstance(run.objective, AnchorNTXentConfig):
+        raise ConfigError(
+            f"evaluation.uri: {run.objective.kind} trains no pyramid, so there is no SGA; leave it out, and train a pyramid "
+            "on the frozen trunk afterwards (experiment grid_probe)"
+        )
+    missing = set(run.evaluation.protocol.levels) - set(run.objective.levels)
+    if missing:
+        raise ConfigError(
+            f"evaluation.protocol.levels: {', '.join(sorted(missing))} is not trained; add it to objective.levels"
+        )

@@ -1,0 +1,128 @@
+"""Where a trunk comes from: a pretraining run's checkpoint, torchvision's supervised weights, a transformer's file, or nowhere."""
+
+from typing import Annotated, Any, Literal
+
+import torch
+import torchvision
+from pydantic import Field
+
+from workloads.config import ConfigError, config
+from workloads.models.backbone import BackboneConfig, Trunk, make_trunk
+from workloads.models.vit import VitConfig, VitTrunk
+from workloads.spec.pretrain import load_trunk
+from workloads.storage.checkpoint import CheckpointError
+from workloads.storage.filesystems import DataError, resolve_uri
+
+
+@config
+class RandomTrunkConfig:
+    """Random weights, from the run's seed: the row that has learnt nothing."""
+
+    kind: Literal["random"] = "random"
+    """Which trunk."""
+    backbone: BackboneConfig = BackboneConfig()
+
+
+@config
+class CheckpointTrunkConfig:
+    """The trunk of a pretraining run, the full view's where there are two."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    """Which trunk."""
+    uri: str
+    """Folder or s3:// address of a checkpoint (RUN/checkpoints/step_…)."""
+
+
+@config
+class SupervisedTrunkConfig:
+    """torchvision's supervised ImageNet weights."""
+
+    kind: Literal["supervised"] = "supervised"
+    """Which trunk."""
+    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """Architecture, torchvision's."""
+    file: str | None = None
+    """File (path or URI) of the state dict, as torchvision publishes it; null: torchvision's own download."""
+
+
+@config
+class VitTrunkConfig:
+    """A vision transformer: random, timm's weights, or a local file such as DINO's."""
+
+    kind: Literal["vit"] = "vit"
+    """Which trunk."""
+    vit: VitConfig = VitConfig()
+
+
+AnyResNetTrunk = RandomTrunkConfig | CheckpointTrunkConfig | SupervisedTrunkConfig
+AnyTrunk = AnyResNetTrunk | VitTrunkConfig
+ResNetTrunkConfig = Annotated[AnyResNetTrunk, Field(discriminator="kind")]
+TrunkConfig = Annotated[AnyTrunk, Field(discriminator="kind")]
+
+
+def load(settings: AnyTrunk) -> Trunk | VitTrunk:
+    """The trunk on the CPU; a random one from the global RNG.
+
+    Raises:
+        ConfigError: what was asked for is not there, is damaged, or is of another network.
+    """
+    match settings:
+        case RandomTrunkConfig():
+            return make_trunk(settings.backbone)
+        case CheckpointTrunkConfig():
+            return _checkpoint_trunk(settings.uri)
+        case SupervisedTrunkConfig():
+            trunk = Trunk(BackboneConfig(name=settings.name))
+            state = _supervised_state(settings)
+            try:
+                trunk.body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+            except (RuntimeError, AttributeError) as error:
+                raise ConfigError(f"trunk.file: {_short(error)}; give {settings.name}'s state dict") from None
+            return trunk
+        case VitTrunkConfig():
+            return VitTrunk(settings.vit)
+
+
+def load_resnet(settings: AnyResNetTrunk) -> Trunk:
+    """As `load`, for what stands on feature maps of four scales.
+
+    Raises:
+        ConfigError: as `load`, or the trunk is a transformer.
+    """
+    trunk = load(settings)
+    if not isinstance(trunk, Trunk):
+        key = "backbone.name" if isinstance(settings, RandomTrunkConfig) else "uri"
+        raise ConfigError(f"trunk.{key}: a transformer, and the detectors stand on a ResNet")
+    return trunk
+
+
+def _checkpoint_trunk(uri: str) -> Trunk | VitTrunk:
+    try:
+        return load_trunk(uri)
+    except (CheckpointError, DataError, OSError) as error:
+        raise ConfigError(f"trunk.uri: {uri} is not a checkpoint ({_short(error)})") from None
+    except ConfigError as error:
+        raise ConfigError(f"trunk.uri: {uri} is not of a pretraining run ({error})") from None
+    except RuntimeError as error:
+        raise ConfigError(f"trunk.uri: {uri} holds other networks than its configuration ({_short(error)})") from None
+
+
+def _supervised_state(settings: SupervisedTrunkConfig) -> dict[str, Any]:
+    if settings.file is None:
+        try:
+            return torchvision.models.get_model_weights(settings.name)["IMAGENET1K_V1"].get_state_dict(progress=False)
+        except Exception as error:
+            raise ConfigError(
+                f"trunk.file: torchvision cannot download {settings.name}'s weights here ({_short(error)}); "
+                "give the path of the file"
+            ) from None
+    try:
+        filesystem, path = resolve_uri(settings.file)
+        with filesystem.open_input_file(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds
+        raise ConfigError(f"trunk.file: {settings.file} cannot be read ({_short(error)})") from None
+
+
+def _short(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]
