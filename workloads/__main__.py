@@ -14,10 +14,12 @@ from workloads.evaluation.one_shot import OneShotRunConfig, one_shot
 from workloads.loops.discovery.finish import DiscoveryError, discover
 from workloads.loops.discovery.job import DiscoverConfig
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
-from workloads.loops.steps import NonFiniteLossError, RunStoppedError
+from workloads.loops.meter import NonFiniteLossError
+from workloads.loops.steps import RunStoppedError
 from workloads.parallel.runtime import LocalRuntime
 from workloads.serving.export import FORMATS, ExportError, export_checkpoint
-from workloads.storage.checkpoint import CONFIG, CheckpointError, CheckpointWriteError
+from workloads.storage.checkpoint import CONFIG, CheckpointError
+from workloads.storage.checkpoint_writer import CheckpointWriteError
 
 _LOG = logging.getLogger("workloads")
 _FAILURES = (

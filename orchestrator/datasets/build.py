@@ -8,66 +8,34 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, cast
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
+from orchestrator.datasets.commit import assemble, commit_manifest, delete_leftovers
+from orchestrator.datasets.layout import STATE_FOLDER, part_folder
+from orchestrator.datasets.shard_tasks import Executor, ShardTask, Tick, execute_here, execute_on_ray, ignore_progress
 from orchestrator.ray_support import credentials
 from orchestrator.ray_support.session import join
 from orchestrator.storage import object_store
 from orchestrator.storage.locks import hold
 from workloads.config import to_dict
-from workloads.data.build.rows import ImageStatistics
 from workloads.data.build.shards import (
-    REJECTS_SCHEMA,
     BuildConfig,
     ShardResult,
     place_rows,
     split_rows,
     without_repeated_ids,
-    write_shard,
 )
-from workloads.data.build.sources import column_reader, list_source, source_reader
-from workloads.data.store.manifest import MANIFEST_NAME, REJECTS_NAME, ROW_GROUPS_NAME, FileEntry, Manifest, RowGroups
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri, with_retries
+from workloads.data.build.sources import list_source
+from workloads.data.store.manifest import MANIFEST_NAME, Manifest
+from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
 
 Progress = Callable[[int, int], None]
-Reject = tuple[str, str, str]
-"""(path in the source, image id, reason)"""
-
-_STATE_FOLDER = "_build"
-_PARTIAL = ".partial-"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardTask:
-    """All that a worker anywhere needs to write one shard."""
-
-    build: BuildConfig
-    part: str  # "", "train" or "val"
-    index: int  # of the shard within its part
-    rows: pa.Table
-    state: str  # folder, within the output's file system, of what finished shards found out
-    threads: int
-    excluded: frozenset[str] = frozenset()
-
-    @property
-    def folder(self) -> str:
-        """Path or URI of the dataset that the shard belongs to."""
-        return f"{self.build.output.rstrip('/')}/{self.part}".rstrip("/")
-
-
-Tick = Callable[[int], None]
-"""Told how many more images are done."""
-Executor = Callable[[list[ShardTask], Tick], Iterator[tuple[ShardTask, ShardResult]]]
 
 
 def build_dataset(build: BuildConfig, *, progress: Progress | None = None, on_ray: bool = False) -> Manifest:
@@ -115,37 +83,28 @@ def _build_parts(build: BuildConfig, progress: Progress | None, on_ray: bool) ->
     listing, repeated = without_repeated_ids(listing)
     parts = split_rows(listing, val_share=build.val_share)
     filesystem, root = resolve_uri(build.output)
-    state = f"{root}/{_STATE_FOLDER}/{_work_key(build, about)}"
+    state = f"{root}/{STATE_FOLDER}/{_work_key(build, about)}"
     tasks = _tasks(build, parts, state)
     filesystem.create_dir(state, recursive=True)
     for part in parts:
-        filesystem.create_dir(_folder(root, part), recursive=True)
+        filesystem.create_dir(part_folder(root, part), recursive=True)
     # No reader may see one build's manifest over another's shards.
     for part in parts:
         with suppress(FileNotFoundError):
-            filesystem.delete_file(f"{_folder(root, part)}/{MANIFEST_NAME}")
+            filesystem.delete_file(f"{part_folder(root, part)}/{MANIFEST_NAME}")
     execute = execute_on_ray if on_ray else execute_here
     tick = _counter(len(listing), progress)
     results = {(task.part, task.index): result for task, result in execute(tasks, tick)}
     results |= _without_duplicates(tasks, results, execute)
     manifests = {
-        part: _assemble(build, part, about, results, repeated if part in ("", "train") else (), filesystem, root)
+        part: assemble(build, part, about, results, repeated if part in ("", "train") else (), filesystem, root)
         for part in parts
     }
     for part, manifest in manifests.items():
         commit_manifest(manifest, f"{build.output.rstrip('/')}/{part}".rstrip("/"))
-        _sweep(manifest, filesystem, _folder(root, part))
-    filesystem.delete_dir(f"{root}/{_STATE_FOLDER}")
+        delete_leftovers(manifest, filesystem, part_folder(root, part))
+    filesystem.delete_dir(f"{root}/{STATE_FOLDER}")
     return manifests
-
-
-def shard_name(index: int) -> str:
-    """File name of a shard."""
-    return f"shard-{index:06d}.parquet"
-
-
-def _folder(root: str, part: str) -> str:
-    return f"{root}/{part}" if part else root
 
 
 def _part_names(build: BuildConfig) -> tuple[str, ...]:
@@ -169,7 +128,7 @@ def _finished(build: BuildConfig, about: dict[str, Any]) -> dict[str, Manifest] 
     found: dict[str, Manifest] = {}
     for part in _part_names(build):
         with suppress(FileNotFoundError, NotADirectoryError):
-            text = read_bytes(filesystem, f"{_folder(root, part)}/{MANIFEST_NAME}")
+            text = read_bytes(filesystem, f"{part_folder(root, part)}/{MANIFEST_NAME}")
             found[part] = Manifest.from_json(text, name=f"{build.output}/{MANIFEST_NAME}")
     if build.overwrite:
         return None
@@ -195,83 +154,6 @@ def _tasks(build: BuildConfig, parts: dict[str, pa.Table], state: str) -> list[S
         ShardTask(build=build, part=part, index=index, rows=rows, state=state, threads=threads)
         for part, index, rows in shards
     ]
-
-
-def execute_here(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTask, ShardResult]]:
-    """Write shards one after the other, each on all cores of this machine."""
-    for task in tasks:
-        yield task, run_task(replace(task, threads=os.cpu_count() or 1), tick)
-
-
-def execute_on_ray(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTask, ShardResult]]:
-    """Write shards on Ray Data: one task a shard, over the whole cluster, results as they come."""
-    import ray.data
-
-    if not tasks:
-        return
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows images, Ray would show blocks
-    rows = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(tasks)]
-    written = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _run_pickled,
-        num_cpus=tasks[0].threads,
-        memory=64 * tasks[0].build.row_group_bytes,
-    )
-    for row in written.iter_rows():
-        task = tasks[row["number"]]
-        tick(len(task.rows))
-        yield task, pickle.loads(row["result"])
-
-
-def _ignore(_: int) -> None:
-    return None
-
-
-def _run_pickled(row: dict[str, Any]) -> dict[str, Any]:
-    return {"number": row["number"], "result": pickle.dumps(run_task(pickle.loads(row["task"])))}
-
-
-def run_task(task: ShardTask, tick: Tick = _ignore) -> ShardResult:
-    """Write one shard, unless an earlier run of the same build has; safe to repeat.
-
-    Raises:
-        DataError: the output cannot be written.
-    """
-    filesystem, folder = resolve_uri(task.folder)
-    # Without its duplicates a shard is another one.
-    suffix = hashlib.sha256("\0".join(sorted(task.excluded)).encode()).hexdigest()[:8] if task.excluded else "all"
-    note = f"{task.state}/{task.part or 'dataset'}-{task.index:06d}-{suffix}.json"
-    path = f"{folder}/{shard_name(task.index)}"
-    with suppress(FileNotFoundError):
-        result = ShardResult.from_json(read_bytes(filesystem, note))
-        if filesystem.get_file_info(path).size == result.size or not result.rows:
-            tick(len(task.rows))
-            return result
-    try:
-        attempts = 3 if isinstance(filesystem, pafs.S3FileSystem) else 1
-        result = with_retries(lambda: _write_task(task, filesystem, path, tick), attempts=attempts)
-        with atomic_file(filesystem, note) as sink:
-            sink.write(result.to_json().encode())
-    except OSError as error:
-        raise DataError(f"{task.folder}: cannot be written ({error}); check space, address and credentials") from None
-    return result
-
-
-def _write_task(task: ShardTask, filesystem: pafs.FileSystem, path: str, tick: Tick) -> ShardResult:
-    column = task.build.regions.column
-    with atomic_file(filesystem, path) as sink:
-        result = write_shard(
-            task.rows,
-            sink,
-            read=source_reader(task.build.source),
-            read_regions=None if column is None else column_reader(task.build.source, column.name),
-            build=task.build,
-            excluded=task.excluded,
-            threads=task.threads,
-            tick=tick,
-        )
-    if not result.rows:
-        filesystem.delete_file(path)
-    return result
 
 
 def _counter(total: int, progress: Progress | None) -> Tick:
@@ -314,110 +196,4 @@ def _without_duplicates(
         for task in tasks
         if not excluded.isdisjoint(results[task.part, task.index].paths)
     ]
-    return {(task.part, task.index): result for task, result in execute(again, _ignore)}
-
-
-def _assemble(
-    build: BuildConfig,
-    part: str,
-    about: dict[str, Any],
-    results: dict[tuple[str, int], ShardResult],
-    more_rejects: tuple[Reject, ...],
-    filesystem: pafs.FileSystem,
-    root: str,
-) -> Manifest:
-    folder = _folder(root, part)
-    mine = [(index, results[key, index]) for key, index in sorted(results) if key == part]
-    kept = [(index, result) for index, result in mine if result.rows]
-    rejects = sorted([reject for _, result in mine for reject in result.rejects] + list(more_rejects))
-    rejects_table = pa.table([pa.array(column, pa.string()) for column in _columns(rejects)], schema=REJECTS_SCHEMA)
-    rejects_entry = _write_table(rejects_table, REJECTS_NAME, filesystem, folder)
-    if not kept:
-        where = f"{build.output}/{part}".rstrip("/")
-        raise DataError(f"{where}: none of the {about['listed']} files listed is an image for it; see {REJECTS_NAME}")
-    statistics = ImageStatistics()
-    for _, result in kept:
-        statistics.add(result.statistics)
-    return Manifest(
-        shards=tuple(
-            FileEntry(name=shard_name(index), size=result.size, sha256=result.sha256, rows=result.rows)
-            for index, result in kept
-        ),
-        row_groups=_write_table(_row_groups([r for _, r in kept]).to_table(), ROW_GROUPS_NAME, filesystem, folder),
-        rejects=rejects_entry,
-        build=build.describe(),
-        source={**about, "part": part, "rejected": len(rejects)},
-        num_images=sum(result.rows for _, result in kept),
-        num_bytes=statistics.num_bytes,
-        statistics=statistics.summary(),
-    )
-
-
-def _columns(rejects: list[Reject]) -> list[tuple[str, ...]]:
-    return list(zip(*rejects, strict=True)) or [(), (), ()]
-
-
-def _row_groups(results: list[ShardResult]) -> RowGroups:
-    counts = [len(result.row_groups) for result in results]
-    groups = np.concatenate([np.array(result.row_groups, dtype=np.int64) for result in results])
-    return RowGroups(
-        shard=np.repeat(np.arange(len(results), dtype=np.int32), counts),
-        offset=groups[:, 0],
-        length=groups[:, 1],
-        rows=groups[:, 2].astype(np.int32),
-        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-    )
-
-
-def _write_table(table: pa.Table, name: str, filesystem: pafs.FileSystem, folder: str) -> FileEntry:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue().to_pybytes()
-    with atomic_file(filesystem, f"{folder}/{name}") as sink:
-        sink.write(data)
-    return FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=len(table))
-
-
-def commit_manifest(manifest: Manifest, folder: str) -> None:
-    """Put the manifest in place, last and whole: from now on there is a dataset.
-
-    Raises:
-        DataError: on S3, somebody else has committed another dataset there in the meantime.
-    """
-    data = manifest.to_json().encode()
-    if not folder.startswith("s3://"):
-        filesystem, root = resolve_uri(folder)
-        with atomic_file(filesystem, f"{root}/{MANIFEST_NAME}") as sink:
-            sink.write(data)
-        return
-    uri = f"{folder}/{MANIFEST_NAME}"
-    if not object_store.put_if_absent(uri, data) and object_store.get_object(uri) != data:
-        raise DataError(f"{uri}: somebody else has built another dataset here; give another output")
-
-
-def _sweep(manifest: Manifest, filesystem: pafs.FileSystem, folder: str) -> None:
-    """Remove what killed builds and a dataset that was replaced have left: files no manifest speaks of."""
-    listed = {shard.name for shard in manifest.shards}
-    for info in filesystem.get_file_info(pafs.FileSelector(folder)):
-        is_old_shard = info.base_name.startswith("shard-") and info.base_name not in listed
-        if info.type == pafs.FileType.File and (is_old_shard or _PARTIAL in info.base_name):
-            filesystem.delete_file(info.path)
-
-
-@contextmanager
-def atomic_file(filesystem: pafs.FileSystem, path: str) -> Iterator[BinaryIO]:
-    """A file that appears whole or not at all: written aside and renamed, or uploaded in one piece."""
-    # An object store's upload becomes visible only when it is closed; a rename there would copy.
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as sink:
-            yield cast(BinaryIO, sink)
-        return
-    partial = f"{path}{_PARTIAL}{os.getpid()}"
-    try:
-        with filesystem.open_output_stream(partial) as sink:
-            yield cast(BinaryIO, sink)
-    except BaseException:
-        with suppress(OSError):
-            filesystem.delete_file(partial)
-        raise
-    filesystem.move(partial, path)
+    return {(task.part, task.index): result for task, result in execute(again, ignore_progress)}

@@ -1,0 +1,1 @@
+"""`orchestrator demo`: from generated images to a compared model."""

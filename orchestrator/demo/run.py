@@ -7,7 +7,8 @@ from typing import Any
 
 from orchestrator.demo.scenes import Split, write_scenes
 from orchestrator.experiments.load import load_experiment
-from orchestrator.training.run import Stopwatch, TrainOutcome, train
+from orchestrator.training.run import train
+from orchestrator.training.session import Stopwatch, TrainOutcome
 
 TRAIN_SCENES, HELDOUT_SCENES = 600, 128
 _COUNTS: dict[Split, int] = {"train": TRAIN_SCENES, "heldout": HELDOUT_SCENES}

@@ -1,0 +1,1 @@
+"""Object discovery over a dataset with Ray actors."""

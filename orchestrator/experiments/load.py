@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
-    from orchestrator.experiments.spec import AnyExperiment, SweepExperiment
+    from orchestrator.experiments.spec import AnyExperiment
+    from orchestrator.experiments.sweep_spec import SweepExperiment
 
 E = TypeVar("E", bound="AnyExperiment")
 
@@ -109,7 +110,7 @@ def load_sweep(name: str, arguments: Sequence[str] = ()) -> "SweepExperiment":
             "sweep.space.objective.temperature='{kind: loguniform, low: 0.03, high: 0.3}'"
         )
     data = apply_overrides({**data, "sweep": section}, parse_overrides(arguments))
-    from orchestrator.experiments.spec import SweepExperiment
+    from orchestrator.experiments.sweep_spec import SweepExperiment
 
     return absolute_paths(build(SweepExperiment, data))
 

@@ -1,0 +1,1 @@
+"""What a run will cost, and sending it to a cluster."""

@@ -6,13 +6,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cluster.request import ClusterRequest
-from orchestrator.experiments.spec import AnyExperiment, SweepExperiment, command_of, places_read
+from orchestrator.experiments.spec import AnyExperiment, command_of, places_read
+from orchestrator.experiments.sweep_spec import SweepExperiment
 from orchestrator.launch.plan import plan_run
 from orchestrator.ray_support.credentials import divide
 from orchestrator.ray_support.spare_processes import importing
 from orchestrator.runs.identity import run_name
 from orchestrator.sweeps.run import sweep_name
-from orchestrator.tracking.sink import is_server, without_secrets
+from orchestrator.tracking.addresses import is_server, without_secrets
 from workloads.config import ConfigError, to_yaml
 
 _GIB_PER_CPU, _LEAST_GIB = 2, 6

@@ -4,120 +4,31 @@ What is sent is this package and the experiment with its overrides: about a mega
 status is the truth about it; its log is shown as far as it can be had, and a broken connection ends neither.
 """
 
-import asyncio
 import contextlib
-import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import requests
-from packaging.version import Version
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from orchestrator.experiments.spec import AnyExperiment, SweepExperiment, command_of
+from orchestrator.experiments.spec import AnyExperiment, command_of
+from orchestrator.experiments.sweep_spec import SweepExperiment
+from orchestrator.launch.jobs_client import JobClient, SubmitError
 from orchestrator.ray_support import credentials
 from orchestrator.ray_support.session import RESUBMITTED, uses_s3
 from orchestrator.runs.identity import run_name
-from orchestrator.tracking.sink import without_secrets
+from orchestrator.tracking.addresses import without_secrets
 from workloads.config import ConfigError, config_hash, to_yaml
-
-LEAST_RAY, LEAST_PYTHON = "2.60", "3.11"
 
 _PACKAGES = ("orchestrator", "workloads", "cluster")
 _LARGEST_MIB = 90.0  # Ray refuses a working directory of 100 MiB
-_TIMEOUT_S = (5.0, 30.0)  # to connect, to answer
-_POLL_S = 1.0
 _AGENT_S = 60.0
-_ENDED_BY_ITSELF = (0, 1, 2)  # exit codes of `orchestrator`, after which there is nothing to try again
-_LOG_FILE_LINES = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+\tINFO .*$\n?", re.MULTILINE)  # Ray's own chatter in a job's log
-
-
-class SubmitError(RuntimeError):
-    """The cluster does not take the job, or does not answer; the message says why."""
-
-
-class JobLostError(SubmitError):
-    """The cluster no longer knows a job that it took: its head was replaced."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
-    """What a cluster says of itself."""
-
-    address: str
-    ray: str
-    python: str
-
-
-class JobClient(JobSubmissionClient):
-    """Ray's client, with an end to every wait."""
-
-    def _do_request(self, *arguments: Any, **options: Any) -> Any:
-        return super()._do_request(*arguments, timeout=_TIMEOUT_S, **options)
-
-    def ask(self, path: str) -> Any:
-        """What the cluster's HTTP API answers, decoded."""
-        answer = self._do_request("GET", path)
-        answer.raise_for_status()
-        return answer.json()
-
-    async def tail(self, job: str) -> AsyncIterator[str]:
-        """Pieces of the job's log from its beginning; ends when the connection does."""
-        url = f"{self.get_address()}/api/jobs/{job}/logs/tail"
-        async with (
-            aiohttp.ClientSession(cookies=self._cookies) as session,
-            session.ws_connect(url, headers=self._headers, ssl=self._ssl_context, heartbeat=10.0) as socket,
-        ):
-            async for message in socket:
-                if message.type == aiohttp.WSMsgType.TEXT:
-                    yield message.data
-
-
-def connect(address: str) -> tuple[JobClient, Cluster]:
-    """A client of the cluster at `address`, if it is one that can run this package.
-
-    Raises:
-        SubmitError: it does not answer, refuses the token, or runs too old a Ray or Python.
-    """
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"--address {address}: give the dashboard's address, as http://127.0.0.1:8265")
-    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)  # they tell of every upload
-    os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray would take it before the address that it is given
-    with _in_words(address):
-        client = JobClient(address)
-        told = client.ask("/api/v0/cluster_metadata")["data"]
-        cluster = Cluster(address=address, ray=told["rayVersion"], python=told["pythonVersion"])
-    for what, have, least in (("Ray", cluster.ray, LEAST_RAY), ("Python", cluster.python, LEAST_PYTHON)):
-        if Version(have) < Version(least):
-            raise SubmitError(f"{address}: the cluster runs {what} {have}; {least} or newer is needed")
-    return client, cluster
-
-
-@contextlib.contextmanager
-def _in_words(address: str) -> Any:
-    shown = without_secrets(address)
-    try:
-        yield
-    except AuthenticationError as error:
-        why = "it was not given one" if "required" in str(error) else "it does not accept this one"
-        raise SubmitError(
-            f"{shown}: the cluster wants a token, and {why}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-        ) from None
-    except (ConnectionError, requests.RequestException) as error:
-        raise SubmitError(f"{shown}: no Ray cluster answers there ({type(error).__name__})") from None
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise SubmitError(f"{shown}: this is not a Ray cluster's dashboard ({str(error)[:200]})") from None
 
 
 def job_name(experiment: AnyExperiment) -> str:
@@ -212,116 +123,3 @@ def check_portable(experiment: AnyExperiment, address: str) -> None:
 def _is_loopback(address: str) -> bool:
     host = requests.utils.urlparse(address).hostname or ""
     return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
-async def _follow(client: JobClient, job: str, show: Callable[[str], None], *, patience_s: float) -> JobDetails:
-    shown = 0
-    lost_since: float | None = None
-
-    async def tail() -> None:
-        nonlocal shown
-        passed = 0
-        async for piece in client.tail(job):  # which begins anew after each connection
-            passed += len(piece)
-            if passed > shown:
-                show(piece[len(piece) - (passed - shown) :])
-                shown = passed
-
-    task: asyncio.Task[None] | None = None
-    try:
-        while True:
-            if task is None or task.done():
-                if task is not None and not task.cancelled():
-                    task.exception()  # a broken stream says nothing about the job
-                task = asyncio.create_task(tail())
-            await asyncio.sleep(_POLL_S)
-            try:
-                details = await asyncio.to_thread(client.get_job_info, job)
-                lost_since = None
-            except AuthenticationError:
-                raise
-            except (ConnectionError, requests.RequestException, RuntimeError) as error:
-                if "does not exist" in str(error):
-                    raise JobLostError(f"{job}: the cluster has forgotten it, as a new head does") from None
-                now = time.monotonic()
-                if lost_since is None:
-                    lost_since = now
-                    show(f"\n(no connection to {client.get_address()}; trying again)\n")
-                if now - lost_since > patience_s:
-                    raise SubmitError(
-                        f"{client.get_address()} has not answered for {patience_s:.0f} s; the job may still run: "
-                        f"orchestrator submit logs {job} --follow"
-                    ) from None
-                task.cancel()
-                continue
-            if details.status.is_terminal():
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(task, 3.0)
-                with contextlib.suppress(Exception):
-                    rest = (await asyncio.to_thread(client.get_job_logs, job))[shown:]
-                    show(rest)
-                return details
-    finally:
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(BaseException):
-                await task
-
-
-def follow(
-    client: JobClient, job: str, *, show: Callable[[str], None], patience_s: float = 600.0, raw: bool = False
-) -> JobDetails:
-    """Show the job's log until it has ended.
-
-    Args:
-        patience_s: how long the cluster may stay away.
-        raw: with Ray's own lines.
-
-    Raises:
-        JobLostError: the cluster knows no such job.
-        SubmitError: the cluster stayed away.
-    """
-    return asyncio.run(
-        _follow(client, job, show if raw else lambda text: show(_LOG_FILE_LINES.sub("", text)), patience_s=patience_s)
-    )
-
-
-def details_of(client: JobClient, job: str) -> JobDetails:
-    """What the cluster knows of the job.
-
-    Raises:
-        SubmitError: nothing.
-    """
-    try:
-        return client.get_job_info(job)
-    except RuntimeError as error:
-        if "does not exist" in str(error):
-            raise SubmitError(f"{job}: the cluster knows no such job; see orchestrator submit list") from None
-        raise
-
-
-def exit_code(details: JobDetails) -> int:
-    """The job's own; 1 where it has none."""
-    if details.status == JobStatus.SUCCEEDED:
-        return 0
-    return details.driver_exit_code or 1
-
-
-def may_try_again(details: JobDetails) -> bool:
-    """Whether the job was ended from outside (its driver or node died), so that the same again would continue it."""
-    return details.status == JobStatus.FAILED and details.driver_exit_code not in _ENDED_BY_ITSELF
-
-
-def describe(details: JobDetails) -> dict[str, str]:
-    """What people want to know of a job; never its `runtime_env`."""
-    metadata = details.metadata or {}
-    began, ended = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000
-    seconds = (ended or time.time()) - began
-    return {
-        "job": details.submission_id or details.job_id or "",
-        "status": details.status.value.lower(),
-        "run": metadata.get("mlflow.run_name", ""),
-        "began": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)) if began else "",
-        "took": f"{seconds:.0f} s" if began else "",
-        "says": without_secrets(" ".join((details.message or "").partition(", last available logs")[0].split()))[:300],
-    }

@@ -1,0 +1,1 @@
+"""Connects commands to Ray, and holds every use of its private names."""

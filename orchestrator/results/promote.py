@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.results.evaluate import find_run, open_tracking
-from orchestrator.sweeps.leaderboard import hits_of
+from orchestrator.tracking.lookup import find_run, open_tracking
 from workloads.config import ConfigError, build
+from workloads.evaluation.tables import hits_of
 from workloads.metrics.grid_accuracy import GridAccuracyConfig, paired_difference
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {

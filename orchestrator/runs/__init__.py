@@ -1,0 +1,1 @@
+"""A run's name, lock and journal; knows neither Ray nor MLflow."""

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import pyarrow.fs as arrow_fs
 
-from orchestrator.experiments.spec import AnyExperiment, SweepExperiment
+from orchestrator.experiments.spec import AnyExperiment
+from orchestrator.experiments.sweep_spec import SweepExperiment
 from orchestrator.storage.locks import hold
 from orchestrator.storage.object_store import HeldError
 from workloads.config import ConfigError, config_hash, flatten

@@ -2,14 +2,14 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.experiments.spec import AnyExperiment
-from orchestrator.runs.identity import Run, begun_run, finished_run, hold_run
-from orchestrator.runs.journal import JournalArchive, JournalReader, Record, parse_journal, read_segments
-from orchestrator.tracking.sink import MlflowSink, artifact_root, run_header, tracking_uri
-from orchestrator.training.failures import sentence
+from orchestrator.ray_support.errors import sentence
+from orchestrator.runs.identity import Run, begun_run
+from orchestrator.runs.journal import JournalReader, Record, parse_journal
+from orchestrator.runs.journal_archive import JournalArchive, read_segments
 from workloads.config import ConfigError
 
 
@@ -29,35 +29,6 @@ def _is_local(experiment: AnyExperiment) -> bool:
 
 def _local_journal(run: Run) -> Path:
     return Path(run.folder, "journal.jsonl")
-
-
-def settle(experiment: AnyExperiment, *, status: str, tags: Mapping[str, str]) -> str | None:
-    """End the record of a run that nobody drives any more: deliver the rest of its journal, set `tags` and `status`.
-
-    Returns:
-        The tracked run's id; None if the run never began, or has ended by itself.
-
-    Raises:
-        ConfigError: somebody drives it.
-    """
-    with hold_run(experiment):
-        run = begun_run(experiment)
-        if run is None or finished_run(run):
-            return None
-        header = run_header(
-            experiment, run, manifests={"training": (experiment.data.uri, run.manifest_sha256)}, tags=tags
-        )
-        sink = MlflowSink(
-            header,
-            uri=tracking_uri(experiment),
-            artifact_root=artifact_root(experiment),
-            filesystem=run.filesystem,
-            run_folder=run.folder,
-        )
-        with journal_of(experiment, run) as journal:
-            sink.write([*JournalReader(journal).read(), {"kind": "tags", "tags": dict(tags)}])
-        sink.close(status)
-        return sink.run_id
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Sweeps: search over configurations with Ray Tune, final runs, leaderboard."""

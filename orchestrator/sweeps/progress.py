@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.fs as arrow_fs
 from ray.tune import Callback, Stopper
 
-from orchestrator.sweeps.trial import BUDGET, SCORE, Stage
+from orchestrator.sweeps.stages import BUDGET, SCORE, Stage
 from workloads.storage.filesystems import read_bytes
 
 _WRITE_EVERY_S = 10.0

@@ -9,20 +9,16 @@ from pathlib import Path
 
 import pyarrow.fs as arrow_fs
 
-from orchestrator.experiments.spec import SweepExperiment
+from orchestrator.experiments.sweep_spec import SweepExperiment
 from orchestrator.runs.identity import Run, RunHeldError, when_free
-from orchestrator.runs.record import settle
-from orchestrator.sweeps.leaderboard import Comparison, Trial, common_step, importance, leaderboard_rows, to_csv
+from orchestrator.sweeps.comparison import Comparison
+from orchestrator.sweeps.leaderboard import Trial, common_step, importance, leaderboard_rows, to_csv
 from orchestrator.sweeps.progress import Clock
-from orchestrator.sweeps.trial import LET_GO_S, Stage
-from orchestrator.tracking.sink import (
-    MlflowSink,
-    artifact_root,
-    page_address,
-    sweep_header,
-    tracking_uri,
-    without_secrets,
-)
+from orchestrator.sweeps.stages import LET_GO_S, Stage
+from orchestrator.tracking.addresses import artifact_root, page_address, tracking_uri, without_secrets
+from orchestrator.tracking.header import sweep_header
+from orchestrator.tracking.settle import settle
+from orchestrator.tracking.sink import MlflowSink
 from workloads.config import config_hash, to_dict, to_yaml
 from workloads.reports.sweeps import draw_effects, draw_parallel_coordinates
 

@@ -7,40 +7,27 @@ under `<storage>/<sweep>/search` and survives the driver; what the trials measur
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.experiments.domains import Point
-from orchestrator.experiments.spec import (
-    AshaConfig,
-    GridSearchConfig,
-    MedianConfig,
-    OptunaSearchConfig,
+from orchestrator.experiments.sweep_spec import (
     SweepExperiment,
 )
 from orchestrator.ray_support.session import start_ray
 from orchestrator.runs.identity import Run, claim_sweep
 from orchestrator.storage.locks import hold
-from orchestrator.sweeps.leaderboard import Comparison, Trial, compare, leaderboard_rows, ranked
+from orchestrator.sweeps.checks import check_sweep
+from orchestrator.sweeps.comparison import Comparison, compare
+from orchestrator.sweeps.leaderboard import Trial, leaderboard_rows, ranked
 from orchestrator.sweeps.record import SweepRecord
-from orchestrator.sweeps.trial import Stage
+from orchestrator.sweeps.stages import Stage, final_stage, search_stage
 from orchestrator.sweeps.tuning import SweepError, SweepStoppedError, prepare_tune, tune_trials
-from orchestrator.tracking.sink import tracking_uri
-from orchestrator.training.run import check_request
+from orchestrator.tracking.addresses import tracking_uri
 from workloads.config import ConfigError, config_hash, to_dict
-from workloads.data.store.manifest import DataError, open_dataset
-
-_TRIAL_DEFAULTS = {
-    "evaluation.at_start": False,
-    "tracking.log_model": False,
-    "tracking.system_metrics": False,
-}
-"""What no trial needs; `sweep.trial` may say otherwise."""
-
-_FIXED_SECTIONS = ("evaluation", "tracking", "storage", "failure", "scaling")
-"""Sections that are not searched: the ruler must not change with what it measures, the rest does not change the result."""
+from workloads.data.store.manifest import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,100 +89,6 @@ def _alone(place: str, name: str) -> Iterator[None]:
             yield
     except DataError as error:
         raise ConfigError(f"storage.path: {error}") from None
-
-
-def check_sweep(experiment: SweepExperiment) -> list[Point] | None:
-    """Everything that can be known to fail before anything starts; the points, where the searcher knows them before.
-
-    Raises:
-        ConfigError, DataError, PlanError: with the key or path.
-    """
-    settings = experiment.sweep
-    for key in settings.space:
-        if key.partition(".")[0] in _FIXED_SECTIONS:
-            raise ConfigError(f"sweep.space.{key}: the {key.partition('.')[0]} section is the same for all trials")
-    held_out = experiment.evaluation.uri
-    if settings.final_seeds and held_out is None:
-        raise ConfigError("evaluation.uri: needed to measure the winner and the start; or set sweep.final_seeds=0")
-    selection = open_dataset(settings.selection_uri).manifest.sha256
-    if held_out is not None and open_dataset(held_out).manifest.sha256 == selection:
-        raise ConfigError(
-            "sweep.selection_uri: this is the held-out set; rank trials by images set aside from the training images "
-            "(data build … val_share=0.02)"
-        )
-    if open_dataset(experiment.data.uri).manifest.sha256 == selection:
-        raise ConfigError(
-            "sweep.selection_uri: these are the training images; rank trials by images set aside from them"
-        )
-    stage = search_stage(experiment, name="check", parent=None)
-    _check_trial(stage, settings.trial)
-    for key, point in stage.space.probes():
-        try:
-            stage.experiment(point)
-        except ConfigError as error:
-            raise ConfigError(f"sweep.space.{key}: {error}") from None
-    misplaced = stage.space.misplaced_start()
-    if isinstance(settings.searcher, OptunaSearchConfig) and settings.include_start and misplaced:
-        raise ConfigError(
-            f"sweep.space.{misplaced}: the experiment's own value {stage.space.start()[misplaced]!r} is not in it; "
-            "widen it or set sweep.include_start=false"
-        )
-    return listed_points(experiment)
-
-
-def _check_trial(stage: Stage, fixed: Mapping[str, Any]) -> None:
-    try:
-        trial = stage.experiment({})
-    except ConfigError as error:
-        raise ConfigError(f"sweep.trial: {error}") from None
-    check_request(trial)
-    stopper = stage.sweep.sweep.stopper
-    every = trial.evaluation.every_steps
-    if isinstance(stopper, (AshaConfig, MedianConfig)) and (every is None or stopper.first_step < every):
-        raise ConfigError(
-            f"sweep.stopper.first_step: {stopper.first_step}, but a trial is first evaluated at step {every or trial.steps}; "
-            "set sweep.trial.evaluation.every_steps"
-        )
-    clash = set(fixed) & set(stage.sweep.sweep.space)
-    if clash:
-        raise ConfigError(f"sweep.trial.{min(clash)}: this key is searched; fix it or search it")
-
-
-def listed_points(experiment: SweepExperiment) -> list[Point] | None:
-    """The points of a random or grid search, in order; None where they depend on results.
-
-    Raises:
-        ConfigError: a grid has more points than the trials allow.
-    """
-    settings = experiment.sweep
-    space = search_stage(experiment, name="check", parent=None).space
-    start = [space.start()] if settings.include_start else []
-    if isinstance(settings.searcher, OptunaSearchConfig):
-        return None
-    if isinstance(settings.searcher, GridSearchConfig):
-        points = start + [point for point in space.grid() if point not in start]
-        if len(points) > settings.trials:
-            raise ConfigError(
-                f"sweep.trials: the grid has {len(points)} points, more than {settings.trials} trials; thin it or allow more"
-            )
-        return points
-    return start + space.random(settings.trials - len(start), seed=settings.seed, known=start)
-
-
-def search_stage(experiment: SweepExperiment, *, name: str, parent: str | None) -> Stage:
-    """The short trials, ranked by the selection images."""
-    fixed = {**_TRIAL_DEFAULTS, "evaluation.uri": experiment.sweep.selection_uri, **experiment.sweep.trial}
-    return Stage(sweep=experiment, name=name, fixed=fixed, tags=_tags(name, "search", parent))
-
-
-def final_stage(experiment: SweepExperiment, *, name: str, parent: str | None) -> Stage:
-    """The winner and the start at full length, measured once on the held-out images."""
-    fixed = {**_TRIAL_DEFAULTS, "tracking.log_model": True, "evaluation.every_steps": None}
-    return Stage(sweep=experiment, name=name, fixed=fixed, tags=_tags(name, "final", parent))
-
-
-def _tags(name: str, stage: str, parent: str | None) -> dict[str, str]:
-    return {"sweep.name": name, "sweep.stage": stage} | ({"mlflow.parentRunId": parent} if parent else {})
 
 
 def _trials_at_once(experiment: SweepExperiment) -> int:

@@ -4,71 +4,22 @@ A trial is `train` with another configuration. So it has the run's checkpoints, 
 continued, or known to have ended, by its name.
 """
 
-import dataclasses
 import io
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray.train
 import ray.tune
 from rich.console import Console
 
-from orchestrator.experiments.domains import Point, SearchSpace
-from orchestrator.experiments.spec import SweepExperiment, TrainExperiment
 from orchestrator.runs.identity import when_free
 from orchestrator.runs.journal import Record
 from orchestrator.runs.record import recorded
-from orchestrator.training.run import Stopwatch, train
-from workloads.config import apply_overrides, build, config_hash, flatten, to_dict
-
-POINT = "point"
-"""Key of a trial's settings under which a searcher that lists its points puts one."""
-
-LET_GO_S = 150.0
-"""How long a trial's process that was told to stop, or whose driver died, may hold its run; a lock in an object store outlives
-its process by a minute."""
-
-BUDGET, SCORE = "step", "score"
-"""What a trial tells Tune at each evaluation: how far it is, and what it is ranked by."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """Trials that differ only in their points: those of the search, or those at full length."""
-
-    sweep: SweepExperiment
-    name: str  # of the sweep
-    fixed: Mapping[str, Any]  # dotted keys of all trials
-    tags: Mapping[str, str]  # of all trials' tracked runs
-
-    def experiment(self, point: Point) -> TrainExperiment:
-        """The trial at `point`, under a name that the same configuration has again after a restart.
-
-        Raises:
-            ConfigError: the point's values do not go together.
-        """
-        values = apply_overrides(to_dict(self.sweep.start), {**self.fixed, **point})
-        made = build(TrainExperiment, values)
-        name = f"{self.name}-{config_hash(made.science)[:8]}"
-        return dataclasses.replace(made, tracking=dataclasses.replace(made.tracking, run_name=name))
-
-    @property
-    def space(self) -> SearchSpace:
-        """The sweep's domains over the experiment's values."""
-        return SearchSpace(self.sweep.sweep.space, flatten(self.sweep.start))
-
-    def point_of(self, settings: Mapping[str, Any]) -> Point:
-        """The point that a searcher's settings of a trial mean."""
-        return dict(settings[POINT]) if POINT in settings else self.space.decode(settings)
-
-
-def score_of(figures: Mapping[str, Any], rank_by: tuple[str, ...]) -> float | None:
-    """The mean of the metrics that trials are ranked by; None if one is missing."""
-    values = [figures.get(key) for key in rank_by]
-    return None if None in values else sum(map(float, values)) / len(values)  # type: ignore[arg-type]
+from orchestrator.sweeps.stages import BUDGET, LET_GO_S, SCORE, Stage, score_of
+from orchestrator.training.run import train
+from orchestrator.training.session import Stopwatch
 
 
 class TuneReport(ray.train.UserCallback):

@@ -8,15 +8,16 @@ from typing import Any
 from ray import tune
 
 from orchestrator.experiments.domains import Point
-from orchestrator.experiments.spec import AshaConfig, MedianConfig, OptunaSearchConfig, SweepExperiment
+from orchestrator.experiments.sweep_spec import AshaConfig, MedianConfig, OptunaSearchConfig, SweepExperiment
+from orchestrator.ray_support.errors import sentence
 from orchestrator.runs.identity import Run, begun_run, finished_run
 from orchestrator.runs.journal import Record
 from orchestrator.runs.record import recorded
 from orchestrator.sweeps.leaderboard import Trial
 from orchestrator.sweeps.progress import Deadline, SweepProgress
 from orchestrator.sweeps.record import SweepRecord
-from orchestrator.sweeps.trial import BUDGET, POINT, SCORE, Stage, run_trial, score_of
-from orchestrator.training.failures import sentence
+from orchestrator.sweeps.stages import BUDGET, POINT, SCORE, Stage, score_of
+from orchestrator.sweeps.trial import run_trial
 from workloads.config import ConfigError
 
 _TUNE = {

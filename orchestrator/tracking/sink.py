@@ -2,176 +2,22 @@
 
 import json
 import logging
-import os
-import re
-import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as arrow_fs
 
-from orchestrator.experiments.spec import AnyExperiment, SweepExperiment, command_of
-from orchestrator.runs.identity import Run
 from orchestrator.runs.journal import Record
-from workloads.config import ConfigError, flatten, to_yaml
+from orchestrator.tracking.addresses import TrackingError, quiet_mlflow, without_secrets
+from orchestrator.tracking.header import CLAIM_TAG, RunHeader
 
 logger = logging.getLogger(__name__)
-
-CLAIM_TAG = "run.claim"
 _LARGEST_BATCH = 1000  # MLflow's limit of metrics in one call
-_LONGEST_PARAM = 6000  # characters
 _MUST_AGREE = ("train/loss", "eval/")  # timings differ between attempts, results must not
 MUST_AGREE_TOLERANCE = 1e-3  # relative above 1: other thread counts add in another order
-
-
-class TrackingError(RuntimeError):
-    """The tracking server does not do what the run needs of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunHeader:
-    """What is known of a run before its first step."""
-
-    name: str
-    claim: str
-    experiment: str
-    params: Mapping[str, str]
-    tags: Mapping[str, str]
-    datasets: Sequence[tuple[str, str, str, str]]  # context (training, evaluation), name, digest, kind of source
-    config_yaml: str
-
-
-def tracking_uri(experiment: AnyExperiment) -> str:
-    """The configured tracking URI, else MLFLOW_TRACKING_URI, else SQLite in the (local) output folder.
-
-    Raises:
-        ConfigError: the output folder is not local and no tracking URI is given.
-    """
-    uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        return uri
-    if "://" in experiment.storage.path:
-        raise ConfigError(
-            f"tracking.uri: needed, because storage.path {experiment.storage.path} cannot hold an SQLite file; "
-            "set it or MLFLOW_TRACKING_URI"
-        )
-    return f"sqlite:///{experiment.storage.path}/mlflow.db"
-
-
-def artifact_root(experiment: AnyExperiment) -> str | None:
-    """Where artifacts go when the tracking store is a local SQLite file; a server decides for itself."""
-    is_local = tracking_uri(experiment).startswith("sqlite:") and "://" not in experiment.storage.path
-    return Path(experiment.storage.path, "mlartifacts").as_uri() if is_local else None
-
-
-def run_header(
-    experiment: AnyExperiment, run: Run, *, manifests: Mapping[str, tuple[str, str]], tags: Mapping[str, str]
-) -> RunHeader:
-    """Parameters, tags, dataset inputs and config of `run`.
-
-    Args:
-        manifests: context (`training`, `evaluation`) → (data URI, manifest SHA-256).
-        tags: more tags.
-    """
-    science = flatten(experiment.science)
-    scaling = {f"scaling.{key}": value for key, value in flatten(experiment.scaling).items()}
-    tags = {
-        CLAIM_TAG: run.claim,
-        "config.sha256": run.config_sha256,
-        "data.manifest_sha256": run.manifest_sha256,
-        **tags,
-        "run.loop": experiment.loop,
-        "mlflow.source.name": f"orchestrator {command_of(experiment)} {experiment.name}",
-        "mlflow.source.type": "JOB",
-        **git_tags(),
-    }
-    return RunHeader(
-        name=run.name,
-        claim=run.claim,
-        experiment=experiment.tracking.experiment,
-        params={key: _presentable(value)[:_LONGEST_PARAM] for key, value in {**science, **scaling}.items()},
-        tags=tags,
-        datasets=[
-            (context, dataset_label(uri), digest[:36], "s3" if uri.startswith("s3://") else "local")
-            for context, (uri, digest) in manifests.items()
-        ],
-        config_yaml=without_secrets(to_yaml(experiment)),
-    )
-
-
-def sweep_header(experiment: SweepExperiment, run: Run) -> RunHeader:
-    """Parameters, tags and config of a sweep's parent run."""
-    values = {**flatten(experiment.science), **{f"sweep.{key}": v for key, v in flatten(experiment.sweep).items()}}
-    return RunHeader(
-        name=run.name,
-        claim=run.claim,
-        experiment=experiment.tracking.experiment,
-        params={key: _presentable(value)[:_LONGEST_PARAM] for key, value in values.items()},
-        tags={
-            CLAIM_TAG: run.claim,
-            "config.sha256": run.config_sha256,
-            "data.manifest_sha256": run.manifest_sha256,
-            "sweep.name": run.name,
-            "sweep.stage": "sweep",
-            "mlflow.source.name": f"orchestrator sweep {experiment.name}",
-            "mlflow.source.type": "JOB",
-            **git_tags(),
-        },
-        datasets=[],
-        config_yaml=without_secrets(to_yaml(experiment)),
-    )
-
-
-def shown_params(values: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters as a run shows them: no machine paths, no credentials, no text longer than MLflow takes."""
-    return {key: _presentable(value)[:_LONGEST_PARAM] for key, value in values.items()}
-
-
-def _presentable(value: Any) -> str:
-    """A parameter's text: a local path is only its last part, an address loses its credentials."""
-    if isinstance(value, str):
-        return f"…/{Path(value).name}" if value.startswith(("/", "file://")) else without_secrets(value)
-    return json.dumps(value)  # as it would be given on the command line
-
-
-def without_secrets(text: str) -> str:
-    """`text` with the credentials taken out of its addresses."""
-    return re.sub(r"://[^/@\s'\"]+@", "://", text)
-
-
-def dataset_label(uri: str) -> str:
-    """A short name for a dataset: the last part of its URI."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", uri.rstrip("/").rpartition("/")[2]) or "data"
-
-
-def git_tags() -> dict[str, str]:
-    """The commit that the code was checked out from, if it was."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        tags = {"mlflow.source.git.commit": git("rev-parse", "HEAD")}
-        return tags | ({"git.uncommitted_changes": "true"} if git("status", "--porcelain", "-uno") else {})
-    except (OSError, subprocess.SubprocessError):
-        commit = os.environ.get("ORCHESTRATOR_GIT_COMMIT")  # for a job whose working directory came without .git
-        return {"mlflow.source.git.commit": commit} if commit else {}
-
-
-def quiet_mlflow() -> None:
-    """No telemetry; a dead server is reported after seconds, not minutes, because the journal does the retrying."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 class MlflowSink:
@@ -399,25 +245,3 @@ class MlflowSink:
 
 
 _LOCAL = arrow_fs.LocalFileSystem()
-
-
-def page_address(uri: str, page: str) -> str:
-    """Where people open a page of MLflow: on its server, or on the one that the command starts for a local store."""
-    if is_server(uri):
-        return f"{without_secrets(uri).rstrip('/')}/{page}"
-    return f"{_local_server(uri)}   then http://127.0.0.1:5000/{page}"
-
-
-def run_address(uri: str, experiment_id: str, run_id: str) -> str:
-    """Where people look at the run: a server's page, or the command that opens a local store."""
-    page = f"#/experiments/{experiment_id}/runs/{run_id}"
-    return page_address(uri, page) if is_server(uri) else _local_server(uri)
-
-
-def is_server(uri: str) -> bool:
-    """Whether a tracking store is reached through a server of MLflow."""
-    return uri.startswith(("http://", "https://"))
-
-
-def _local_server(uri: str) -> str:
-    return f"mlflow ui --backend-store-uri {uri}"

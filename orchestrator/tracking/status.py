@@ -1,11 +1,11 @@
 """`orchestrator status RUN`: how a run is, from its record alone, wherever it runs."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.results.evaluate import find_run, open_tracking
-from orchestrator.tracking.sink import run_address
-from orchestrator.training.progress import format_line
+from orchestrator.tracking.addresses import run_address
+from orchestrator.tracking.lookup import find_run, open_tracking
 
 _SCORES = ("eval/sga", "eval/gap_r", "eval/ap50", "eval/ap")
 _SHOWN = ("train/loss", "train/images_per_s", "train/data_wait_share")
@@ -59,3 +59,16 @@ def _ago(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def format_line(line: Mapping[str, Any]) -> str:
+    """Loss, images/s and the share of time spent waiting for data, as far as `line` has them."""
+    short = {key.rpartition("/")[2]: value for key, value in line.items()}
+    parts = []
+    if "loss" in short:
+        parts.append(f"loss {short['loss']:.3f}")
+    if "images_per_s" in short:
+        parts.append(f"{short['images_per_s']:.0f} images/s")
+    if "data_wait_share" in short:
+        parts.append(f"data wait {short['data_wait_share']:.0%}")
+    return "  ".join(parts)

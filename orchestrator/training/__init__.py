@@ -1,0 +1,1 @@
+"""Trains one experiment with Ray Train, records it, and continues it after faults."""

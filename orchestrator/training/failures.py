@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.ray_support.errors import died_at_birth, sentence, worker_cause
 from workloads.config import ConfigError
 
 Kind = Literal["request", "deterministic", "stopped", "store", "node", "worker", "resources", "controller", "unknown"]
@@ -82,7 +83,7 @@ def classify(error: BaseException, *, saved_step: int, at_s: float) -> Failure:
     kind = _kind(cause, error)
     reason = sentence(cause)
     if kind in _DEATHS and isinstance(cause, RayError):
-        reason = f"{_DEATHS[kind]} ({reason})" if _died_at_birth(cause) else _DEATHS[kind]
+        reason = f"{_DEATHS[kind]} ({reason})" if died_at_birth(cause) else _DEATHS[kind]
     step = getattr(cause, "at_step", None)
     return Failure(
         kind=kind,
@@ -100,7 +101,8 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
 
     from workloads.data.loading.sample_plan import PlanError
     from workloads.data.store.manifest import DataError
-    from workloads.loops.steps import NonFiniteLossError, RunStoppedError
+    from workloads.loops.meter import NonFiniteLossError
+    from workloads.loops.steps import RunStoppedError
     from workloads.storage.checkpoint import CheckpointError
     from workloads.storage.filesystems import StoreUnavailableError, is_outage
 
@@ -129,38 +131,3 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
     if type(cause).__name__ == "WorkerHealthCheckTimeoutError":  # it hangs
         return "worker"
     return "controller" if isinstance(error, (ControllerError, RayError)) else "unknown"
-
-
-def worker_cause(error: BaseException) -> BaseException:
-    """The exception that a worker raised, out of Ray's wrappers; `error` itself if no worker did.
-
-    Of several workers' exceptions the one that says most counts: one rank's fault makes the others lose their connection.
-    """
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = [_unwrapped(failure) for _, failure in sorted(failures.items())]
-    own = [cause for cause in causes if type(cause).__module__.startswith("workloads")]
-    died = [cause for cause in causes if type(cause).__module__.startswith("ray.")]
-    return (own or died or causes or [getattr(error, "controller_failure", None) or error])[0]
-
-
-def _unwrapped(failure: BaseException) -> BaseException:
-    for name in ("_base_exc", "health_check_failure"):
-        failure = getattr(failure, name, None) or failure
-    return failure
-
-
-def sentence(error: BaseException) -> str:
-    """An exception's message as one line; of one that Ray carried from another process, the original's."""
-    original = getattr(error, "cause", None)
-    if isinstance(original, BaseException):
-        return sentence(original)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    # Ray explains a death over many lines, the first of which says what died.
-    return lines[0] if type(error).__module__.startswith("ray.") and not _died_at_birth(error) else lines[-1]
-
-
-def _died_at_birth(error: BaseException) -> bool:
-    """Whether an actor's own constructor raised: Ray then ends its message with that exception."""
-    return "error raised in its creation task" in str(error)

@@ -4,13 +4,9 @@ The controller continues a run whose worker died without a new controller, which
 so it takes its word from the same decisions as the driver, over the same history: the faults in the run's journal.
 """
 
-import contextlib
-import dataclasses
 import socket
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,64 +16,10 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 
-from orchestrator.ray_support.gauges import count_fault
-from orchestrator.ray_support.session import on_cluster
 from orchestrator.ray_support.spare_processes import order_later
-from orchestrator.runs.journal import Journal, JournalReader
-from orchestrator.tracking.sink import without_secrets
-from orchestrator.training.failures import Decision, Failure, classify, decide
-from workloads.storage.checkpoint import CheckpointStore
-from workloads.storage.filesystems import resolve_uri
+from orchestrator.training.attempts import Attempts
 
 _AFTER_START_S = 15.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempts:
-    """The attempts at one run by one command."""
-
-    command: str  # tells this command's faults from those of earlier ones
-    journal: str
-    storage: str  # URI of the run's folder
-    retries: int
-    patience_s: float
-    is_elastic: bool
-
-    def judge(self, error: BaseException) -> tuple[Failure, Decision]:
-        """Name a failure and decide about it."""
-        failure = classify(error, saved_step=self._saved_step(), at_s=time.monotonic())
-        decision = decide(
-            failure, self.earlier(), retries=self.retries, patience_s=self.patience_s, elastic=self.is_elastic
-        )
-        return failure, decision
-
-    def earlier(self) -> list[Failure]:
-        """This command's failures so far."""
-        faults = [r for r in JournalReader(self.journal).read() if r["kind"] == "fault"]
-        return [Failure(**fault["failure"]) for fault in faults if fault["command"] == self.command]
-
-    def record(self, failure: Failure) -> None:
-        """Add a failure to the history, and to what people see: `fault/<kind>` counts, `run.faults` tells."""
-        journal = Journal(self.journal)
-        journal.append({"kind": "fault", "command": self.command, "failure": dataclasses.asdict(failure)})
-        if on_cluster():
-            count_fault(self.storage.rpartition("/")[2], failure.kind)
-        failures = self.earlier()
-        count = sum(other.kind == failure.kind for other in failures)
-        stamp = {"step": _place(failure), "time_ms": int(time.time() * 1000)}
-        journal.append({"kind": "metrics", **stamp, "metrics": {f"fault/{failure.kind}": count}})
-        told = "; ".join(f"{f.kind} at step {_place(f)}: {f.reason}" for f in failures)
-        journal.append({"kind": "tags", "tags": {"run.faults": without_secrets(told)[-4000:]}})
-
-    def _saved_step(self) -> int:
-        with contextlib.suppress(OSError):
-            filesystem, folder = resolve_uri(self.storage)
-            return max(CheckpointStore(filesystem, f"{folder}/checkpoints").steps(), default=0)
-        return max((failure.saved_step for failure in self.earlier()), default=0)
-
-
-def _place(failure: Failure) -> int:
-    return failure.saved_step if failure.step is None else failure.step
 
 
 class ControllerPolicy(FailurePolicy):

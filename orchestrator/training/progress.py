@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from orchestrator.tracking.status import format_line
+
 _NAMESPACE = "orchestrator"
 _PERIOD_S = 0.5
 
@@ -125,16 +127,3 @@ class ProgressWatcher:
                 shown_step, shown_at = newest["step"], time.monotonic()
                 line = f"step {newest['step']}/{newest['total_steps']}  {format_line(newest)}"
                 self._console.print(line, highlight=False, soft_wrap=True)
-
-
-def format_line(line: Mapping[str, Any]) -> str:
-    """Loss, images/s and the share of time spent waiting for data, as far as `line` has them."""
-    short = {key.rpartition("/")[2]: value for key, value in line.items()}
-    parts = []
-    if "loss" in short:
-        parts.append(f"loss {short['loss']:.3f}")
-    if "images_per_s" in short:
-        parts.append(f"{short['images_per_s']:.0f} images/s")
-    if "data_wait_share" in short:
-        parts.append(f"data wait {short['data_wait_share']:.0%}")
-    return "  ".join(parts)

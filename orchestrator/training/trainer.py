@@ -11,9 +11,9 @@ from ray.train.v2._internal.execution.controller import TrainController
 
 from orchestrator.ray_support.session import is_trial, on_cluster
 from orchestrator.ray_support.spare_processes import WORKER_ENVIRONMENT
+from orchestrator.training.attempts import Attempts
 from orchestrator.training.journal_callback import JournalCallback
 from orchestrator.training.policies import (
-    Attempts,
     ControllerPolicy,
     ControllerSpare,
     EmbeddedScaling,
@@ -24,7 +24,7 @@ from orchestrator.training.worker import train_worker
 from workloads.config import to_dict
 
 if TYPE_CHECKING:
-    from orchestrator.training.run import Session
+    from orchestrator.training.session import Session
 
 
 def make_trainer(session: "Session", attempts: Attempts) -> Any:

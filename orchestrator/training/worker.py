@@ -22,7 +22,9 @@ from orchestrator.ray_support.spare_processes import order_later
 from orchestrator.training.progress import ProgressPublisher
 from orchestrator.training.unconfirmed_reports import UnconfirmedReports
 from workloads.parallel.runtime import Request, agreed, averaging_gradients
-from workloads.storage.checkpoint import CheckpointStore, CheckpointWriter, Restored, Snapshot, read_newest_everywhere
+from workloads.storage.checkpoint import Restored, Snapshot
+from workloads.storage.checkpoint_store import CheckpointStore, read_newest_everywhere
+from workloads.storage.checkpoint_writer import CheckpointWriter
 from workloads.storage.filesystems import resolve_uri, with_retries
 
 

@@ -30,7 +30,8 @@ from tests.processes import run_on_ranks  # noqa: E402
 from workloads.config import build  # noqa: E402
 from workloads.data.build.shards import BuildConfig  # noqa: E402
 from workloads.data.build.sources import FolderSourceConfig  # noqa: E402
-from workloads.spec.pretrain import PretrainConfig, build_objective  # noqa: E402
+from workloads.spec.factory import build_objective  # noqa: E402
+from workloads.spec.pretrain import PretrainConfig  # noqa: E402
 
 BATCH, CROPS, DIM, LEVELS = 12, 4, 64, ("P3", "P4", "P5")
 SHORT, LONG = 2, 5

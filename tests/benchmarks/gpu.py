@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from workloads.config import apply_overrides, build, parse_overrides, read_yaml
 from workloads.loops.pretrain import pretrain
 from workloads.parallel.runtime import LocalRuntime
+from workloads.spec.factory import build_objective
 from workloads.spec.optim import make_optimizer
-from workloads.spec.pretrain import ORCHESTRATOR_SECTIONS, PretrainConfig, build_objective
+from workloads.spec.pretrain import ORCHESTRATOR_SECTIONS, PretrainConfig
 from workloads.types import CropGeometry, Views
 
 EXPERIMENT = Path(__file__).parents[2] / "orchestrator" / "experiments" / "pretrain" / "anchor_ntxent_caltech.yaml"

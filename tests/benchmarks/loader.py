@@ -225,7 +225,8 @@ def _finish(figures: dict[str, float]) -> None:
 def first_batch(folder: str, step: str, uri: str = "") -> dict[str, float]:
     """From an opened dataset to the first batch, imports done."""
     from tests.benchmarks.loader_peers import BATCH, SIDE
-    from workloads.data.loading.loaders import DataConfig, TrainLoader
+    from workloads.data.loading.loaders import TrainLoader
+    from workloads.data.loading.pipeline import DataConfig
     from workloads.data.loading.sample_plan import SamplePlan
     from workloads.data.store.manifest import open_dataset
 

@@ -76,7 +76,8 @@ def ours_dct(folder: Path) -> Batches:
 
 def ours(folder: Path, uri: str | None = None, start_step: int = 0, dct_scaling: bool = False) -> Batches:
     """This project's loader."""
-    from workloads.data.loading.loaders import DataConfig, TrainLoader
+    from workloads.data.loading.loaders import TrainLoader
+    from workloads.data.loading.pipeline import DataConfig
     from workloads.data.loading.sample_plan import SamplePlan
     from workloads.data.store.manifest import open_dataset
 

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.process_memory import peak_mib
 from workloads.config import build, read_yaml
 from workloads.evaluation.compare import flops_per_image
-from workloads.spec.pretrain import ORCHESTRATOR_SECTIONS, PretrainConfig, build_objective, render_views
+from workloads.spec.factory import build_objective, render_views
+from workloads.spec.pretrain import ORCHESTRATOR_SECTIONS, PretrainConfig
 from workloads.types import ImageBatch
 
 EXPERIMENTS = Path(__file__).parents[2] / "orchestrator" / "experiments"

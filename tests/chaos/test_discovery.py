@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
-from workloads.data.loading.loaders import read_annotations
+from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import open_dataset
 
 

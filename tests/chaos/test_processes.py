@@ -21,7 +21,7 @@ from tests.chaos.conftest import (
     wait_step,
     wait_until,
 )
-from workloads.storage.checkpoint import CheckpointStore
+from workloads.storage.checkpoint_store import CheckpointStore
 
 Reference = dict[int, dict[int, float]]
 

@@ -24,7 +24,7 @@ from tests.chaos.conftest import (
     wait_step,
 )
 from tests.s3_peer import FaultyProxy, S3Peer
-from workloads.storage.checkpoint import CheckpointStore
+from workloads.storage.checkpoint_store import CheckpointStore
 
 Reference = dict[int, dict[int, float]]
 

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 
 from cluster.local import LocalCluster, live_nodes, processes
 from orchestrator.experiments.load import load_experiment
-from orchestrator.launch.submit import SubmitError, check_portable, job_name, working_directory
+from orchestrator.launch.jobs_client import SubmitError
+from orchestrator.launch.submit import check_portable, job_name, working_directory
 from orchestrator.ray_support import credentials
 from tests.cluster.conftest import everything_written, orchestrator
 from tests.orchestrator.conftest import write_experiment

@@ -1,6 +1,5 @@
 """From images of any size to the patch features that boxes are found in, for transformers and for dilated ResNets."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from workloads.discovery.lost import whole_map_norm
 from workloads.models.backbone import Trunk, imagenet_normalized
+from workloads.models.dilation import dilated
 from workloads.models.vit import VitTrunk
 from workloads.types import ImageBatch
 
@@ -57,29 +57,6 @@ class PatchExtractor(nn.Module):
         if isinstance(self.trunk, VitTrunk):
             return self.trunk(images).cls.float()
         return self.trunk(images)["C5"].mean((2, 3)).float()
-
-
-def dilated(trunk: Trunk, stride: int) -> Trunk:
-    """A copy of a ResNet trunk whose C5 has `stride` 8, 16 or 32: strides of its last stages become dilations.
-
-    The weights stay. What the trunk computed before is still there, at every second (fourth) place of the finer map.
-    """
-    made = copy.deepcopy(trunk)
-    dilation = 1
-    for name, usual_stride in (("layer3", 16), ("layer4", 32)):
-        blocks = getattr(made.body, name)
-        before, dilation = dilation, dilation * (2 if usual_stride > stride else 1)
-        for block in blocks:
-            wide = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-            for conv in wide:
-                # The first one, which had the stride, still sees the map from before it.
-                step = before if block is blocks[0] and conv is wide[0] else dilation
-                conv.dilation = conv.padding = (step, step)
-        if usual_stride > stride:
-            for module in blocks.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.stride = (1, 1)
-    return made
 
 
 def same_size_groups(batch: ImageBatch, cell: int) -> Iterator[SizeGroup]:

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workloads.config import ConfigError, build, config_hash, read_yaml
 from workloads.metrics.representation import paired_gain
-from workloads.spec.pretrain import PretrainConfig, build_objective, render_views
+from workloads.spec.factory import build_objective, render_views
+from workloads.spec.pretrain import PretrainConfig
 from workloads.types import ImageBatch
 
 _PROBED = 2  # images of the step whose operations are counted

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from workloads.config import config
-from workloads.data.loading.loaders import DataConfig, EvalLoader
+from workloads.data.loading.loaders import EvalLoader
+from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import Dataset
 from workloads.data.store.objects import Objects, read_objects, read_panoptic
 from workloads.data.views.detection import DetectionViews, DetectionViewsConfig, make_detection_views

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from workloads.config import ConfigError, config, config_hash, to_dict
-from workloads.data.loading.loaders import DataConfig, EvalLoader
+from workloads.data.loading.loaders import EvalLoader
+from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import DataError, Dataset, open_dataset
 from workloads.data.store.objects import Objects, read_objects
 from workloads.metrics.grid_accuracy import GridModel
@@ -21,7 +22,9 @@ from workloads.models.backbone import Trunk
 from workloads.models.trunks import SupervisedTrunkConfig, load_resnet
 from workloads.parallel.runtime import Runtime, new_folder
 from workloads.reports.gallery import draw_gallery
-from workloads.spec.pretrain import PretrainConfig, build_objective, load_model
+from workloads.spec.factory import build_objective
+from workloads.spec.loading import load_model
+from workloads.spec.pretrain import PretrainConfig
 from workloads.storage.checkpoint import read_meta
 from workloads.types import ImageBatch
 

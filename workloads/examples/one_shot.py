@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from workloads.metrics.one_shot import OneShotConfig, boxes_at_peaks, similarity
-from workloads.spec.pretrain import load_model
+from workloads.spec.loading import load_model
 
 model: Any = load_model(Path(sys.argv[1]))[0]
 query, target = (Image.open(path).convert("RGB") for path in (sys.argv[2], sys.argv[4]))

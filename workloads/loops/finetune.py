@@ -10,7 +10,8 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from workloads.config import ConfigError, build, config, config_hash, parse_yaml
-from workloads.data.loading.loaders import DataConfig, TrainLoader
+from workloads.data.loading.loaders import TrainLoader
+from workloads.data.loading.pipeline import DataConfig
 from workloads.data.loading.subset_plan import SubsetPlan
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.objects import (

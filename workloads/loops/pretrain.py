@@ -9,20 +9,16 @@ from workloads.data.loading.sample_plan import SamplePlan
 from workloads.data.loading.upload import Upload
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.row_groups import check_regions
-from workloads.evaluation.grid import RepresentationEvaluation, check_measurable, evaluations_of
+from workloads.evaluation.grid import check_measurable, evaluations_of
+from workloads.evaluation.representation import RepresentationEvaluation
 from workloads.loops.steps import Preflight, Training, run_steps
 from workloads.objectives.detco import DetCoConfig
 from workloads.parallel.gradient_cache import backward_in_micro_batches
 from workloads.parallel.runtime import Runtime
+from workloads.spec.factory import AnyObjective, build_objective, render_views
+from workloads.spec.loading import load_initial_trunk, load_initial_weights
 from workloads.spec.optim import make_optimizer, rate_at
-from workloads.spec.pretrain import (
-    AnyObjective,
-    PretrainConfig,
-    build_objective,
-    load_initial_trunk,
-    load_initial_weights,
-    render_views,
-)
+from workloads.spec.pretrain import PretrainConfig
 from workloads.storage.checkpoint import CheckpointMeta
 from workloads.types import ImageBatch
 

@@ -1,11 +1,7 @@
 """Steps: what every training loop does between two updates: records, evaluations, checkpoints, requests to stop."""
 
-import collections
-import contextlib
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,14 +10,11 @@ from torch import Tensor, nn
 from workloads.config import to_yaml
 from workloads.data.loading.ledger import Ledger
 from workloads.data.loading.loaders import TrainLoader
-from workloads.parallel.distributed import sum_over_ranks, wait_for_all
+from workloads.loops.meter import Meter
+from workloads.parallel.distributed import wait_for_all
 from workloads.parallel.runtime import Runtime
 from workloads.storage.checkpoint import CheckpointError, CheckpointMeta, Restored, take_snapshot
 from workloads.types import ImageBatch
-
-
-class NonFiniteLossError(Exception):
-    """The loss became NaN or infinite; the message names the step, the images and the last good checkpoint."""
 
 
 class RunStoppedError(Exception):
@@ -196,101 +189,3 @@ def _last_saved(runtime: Runtime) -> str:
     """In words, which checkpoint a run that cannot go on has left."""
     step = runtime.saved_step()
     return f"the last good checkpoint is that of step {step}" if step is not None else "no checkpoint was written yet"
-
-
-@dataclass(slots=True)
-class Meter:
-    """Sums between two records; nothing here waits for the device but `check` and `flush`."""
-
-    loader: TrainLoader
-    remedy: str
-    steps: int = 0
-    timed_steps: int = 0
-    rate: float = 0.0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    recent: collections.deque[tuple[str, ...]] = field(default_factory=collections.deque)
-    started: float = 0.0
-    waited: float = 0.0
-    held: float = 0.0
-    bad_rows: int = 0
-    bad_rows_before: int = 0
-    shown: dict[str, float] = field(default_factory=dict)
-
-    def restart(self) -> None:
-        self.steps, self.sums = 0, {}
-        self.recent.clear()
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave what went before out of images/s."""
-        self.timed_steps = 0
-        self.started, self.waited = time.perf_counter(), self.loader.wait_seconds
-
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Count the time inside as time for which a checkpoint held the steps up."""
-        began = time.perf_counter()
-        yield
-        self.held += time.perf_counter() - began
-
-    def add(self, batch: ImageBatch, metrics: dict[str, Tensor], rate: float) -> None:
-        self.steps += 1
-        self.timed_steps += 1
-        self.rate = rate
-        self.recent.append(batch.image_ids)
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-
-    def count_bad_rows(self) -> None:
-        """Add up what did not decode on any rank since the run began; every rank calls it."""
-        device = self.sums["train/loss"].device
-        here = torch.tensor([self.loader.bad_rows], dtype=torch.float64, device=device)
-        self.bad_rows = self.bad_rows_before + int(sum_over_ranks(here))
-
-    def window(self) -> dict[str, Tensor]:
-        """The sums since the last record, for a checkpoint: the record after a restart covers the steps before it too."""
-        return {**self.sums, "steps": torch.tensor(self.steps), "bad_rows": torch.tensor(self.bad_rows)}
-
-    def resume(self, window: Mapping[str, Tensor]) -> None:
-        """Begin with a checkpoint's `window`."""
-        self.restart()
-        self.steps, self.bad_rows_before = int(window["steps"]), int(window["bad_rows"])
-        self.sums = {name: value.clone() for name, value in window.items() if name not in ("steps", "bad_rows")}
-
-    def check(self, step: int, saved: str) -> None:
-        """Wait for the device and see that the loss is a number.
-
-        Raises:
-            NonFiniteLossError: on every rank alike, since the summed loss is the global batch's.
-        """
-        loss = float(self.sums["train/loss"]) / self.steps
-        if not math.isfinite(loss):
-            images = [image for batch in self.recent for image in batch if image]
-            shown = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
-            raise NonFiniteLossError(
-                f"the loss is {loss} within the {self.steps} steps up to step {step} "
-                f"(this worker's images: {shown}); {saved}; {self.remedy}"
-            )
-
-    def flush(self, global_batch_size: int) -> dict[str, float]:
-        """The means since the last record."""
-        names = list(self.sums)
-        values = torch.stack([self.sums[name] for name in names]).tolist()
-        record = {name: value / self.steps for name, value in zip(names, values, strict=True)}
-        seconds = time.perf_counter() - self.started
-        if self.timed_steps:
-            record["train/step_s"] = seconds / self.timed_steps
-        record["train/images_per_s"] = self.timed_steps * global_batch_size / seconds
-        record["train/data_wait_share"] = (self.loader.wait_seconds - self.waited) / seconds
-        record["train/checkpoint_share"] = self.held / seconds
-        self.held = 0.0
-        record["train/lr"] = self.rate
-        record["train/bad_rows"] = float(self.bad_rows)
-        self.shown = record
-        self.restart()
-        return record
-
-    def line(self) -> dict[str, float]:
-        """What a progress bar shows: the last record's figures, so that showing them costs nothing."""
-        names = ("train/loss", "train/images_per_s", "train/data_wait_share")
-        return {name.removeprefix("train/"): self.shown[name] for name in names if name in self.shown}

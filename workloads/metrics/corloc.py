@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from workloads.config import config
-from workloads.data.loading.loaders import Annotations
+from workloads.data.store.annotations import Annotations
 from workloads.metrics.bootstrap import interval
 
 

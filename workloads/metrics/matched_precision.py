@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from workloads.data.loading.loaders import Annotations
+from workloads.data.store.annotations import Annotations
 from workloads.data.store.objects import Objects
 from workloads.discovery.pseudo_boxes import FoundBoxes
 from workloads.metrics.average_precision import DetectionTable, Truth, evaluate_with_pycocotools

@@ -21,7 +21,7 @@ from workloads.config import config
 from workloads.data.store.objects import Objects
 from workloads.data.views.cells import cell_centers
 from workloads.data.views.counter_random import stream, text_keys, uniform
-from workloads.data.views.crops import axis_weights, resample
+from workloads.data.views.resampling import axis_weights, resample
 from workloads.metrics.bootstrap import interval, ratio
 from workloads.metrics.grid_accuracy import MEAN_MAP, GridModel, colour_maps, with_mean_map
 from workloads.models.backbone import Stage, Trunk, imagenet_normalized

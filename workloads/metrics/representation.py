@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workloads.config import config
 from workloads.data.views.counter_random import stream, text_keys, uniform
-from workloads.data.views.crops import axis_weights, resample
+from workloads.data.views.resampling import axis_weights, resample
 from workloads.metrics.bootstrap import interval, ratio
 from workloads.types import ImageBatch
 

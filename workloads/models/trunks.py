@@ -1,17 +1,17 @@
 """Where a trunk comes from: a pretraining run's checkpoint, torchvision's supervised weights, a transformer's file, or nowhere."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import torchvision
 from pydantic import Field
 
-from workloads.config import ConfigError, config
+from workloads.config import ConfigError, build, config, parse_yaml
 from workloads.models.backbone import BackboneConfig, Trunk, make_trunk
 from workloads.models.vit import VitConfig, VitTrunk
-from workloads.spec.pretrain import load_trunk
-from workloads.storage.checkpoint import CheckpointError
-from workloads.storage.filesystems import DataError, resolve_uri
+from workloads.storage.checkpoint import CONFIG, CheckpointError, read_checkpoint
+from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
 
 
 @config
@@ -58,6 +58,8 @@ AnyResNetTrunk = RandomTrunkConfig | CheckpointTrunkConfig | SupervisedTrunkConf
 AnyTrunk = AnyResNetTrunk | VitTrunkConfig
 ResNetTrunkConfig = Annotated[AnyResNetTrunk, Field(discriminator="kind")]
 TrunkConfig = Annotated[AnyTrunk, Field(discriminator="kind")]
+
+_TRUNK_PREFIXES = ("trunk.", "online.trunk.")  # of parameter names; the second is DetCo's query network
 
 
 def load(settings: AnyTrunk) -> Trunk | VitTrunk:
@@ -126,3 +128,24 @@ def _supervised_state(settings: SupervisedTrunkConfig) -> dict[str, Any]:
 
 def _short(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
+def load_trunk(uri: str | Path, *, device: torch.device | str = "cpu") -> "Trunk | VitTrunk":
+    """The trunk of a checkpoint of any objective, in eval mode.
+
+    Args:
+        uri: folder or s3:// address of a checkpoint.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one.
+        DataError, OSError: the place cannot be reached.
+    """
+    filesystem, folder = resolve_uri(str(uri))
+    found = read_checkpoint(folder, filesystem, device=device)
+    text = read_bytes(filesystem, f"{folder}/{CONFIG}").decode()
+    backbone = build(BackboneConfig, parse_yaml(text, source=f"{uri}/{CONFIG}").get("backbone", {}))
+    trunk = make_trunk(backbone).to(device)
+    prefix = next((p for p in _TRUNK_PREFIXES if any(name.startswith(p) for name in found.state["model"])), "")
+    named = {n.removeprefix(prefix): value for n, value in found.state["model"].items() if n.startswith(prefix)}
+    trunk.load_state_dict(named)
+    return trunk.eval()

@@ -1,0 +1,1 @@
+"""Distributed training: ranks, gathers with gradient, gradient caching."""

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from pyarrow.fs import LocalFileSystem
 
-from workloads.storage.checkpoint import CheckpointStore, CheckpointWriter, Restored, Snapshot, read_newest_everywhere
+from workloads.storage.checkpoint import Restored, Snapshot
+from workloads.storage.checkpoint_store import CheckpointStore, read_newest_everywhere
+from workloads.storage.checkpoint_writer import CheckpointWriter
 
 Request = Literal["go on", "save", "stop"]
 """What the surroundings ask of a loop: to take a checkpoint now, or to take one and end."""

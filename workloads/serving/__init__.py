@@ -1,0 +1,1 @@
+"""Exports trunks, and predicts with a finished model."""

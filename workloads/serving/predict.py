@@ -18,7 +18,7 @@ from workloads.loops.dispatch import loop_of
 from workloads.loops.finetune import load_detector
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, imagenet_normalized
 from workloads.models.detector import Detector
-from workloads.spec.pretrain import load_model
+from workloads.spec.loading import load_model
 from workloads.storage.checkpoint import CONFIG
 from workloads.types import ImageBatch
 

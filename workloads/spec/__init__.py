@@ -1,0 +1,1 @@
+"""The pretraining config, and what is built from it."""

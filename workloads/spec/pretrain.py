@@ -1,31 +1,22 @@
 """What a run is: the sections of an experiment file, and the one place where a `kind` becomes an object."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 
-from workloads.config import ConfigError, apply_overrides, build, config, parse_yaml, read_yaml
-from workloads.data.loading.loaders import DataConfig
-from workloads.data.views.crops import ViewsConfig, make_views
-from workloads.data.views.pairs import PairViewsConfig, make_pair_views
+from workloads.config import ConfigError, apply_overrides, build, config, read_yaml
+from workloads.data.loading.pipeline import DataConfig
+from workloads.data.views.crops import ViewsConfig
+from workloads.data.views.pairs import PairViewsConfig
 from workloads.metrics.grid_accuracy import GridAccuracyConfig
 from workloads.metrics.representation import RepresentationConfig
-from workloads.models.backbone import BackboneConfig, Trunk, make_trunk
-from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
-from workloads.objectives.detco import DetCo, DetCoConfig
-from workloads.objectives.detcon import DetCon, DetConConfig
-from workloads.objectives.ntxent import NTXent, NTXentConfig
+from workloads.models.backbone import BackboneConfig
+from workloads.objectives.anchor_ntxent import AnchorNTXentConfig
+from workloads.objectives.detco import DetCoConfig
+from workloads.objectives.detcon import DetConConfig
+from workloads.objectives.ntxent import NTXentConfig
 from workloads.spec.optim import AdamWConfig, OptimizerConfig, ScheduleConfig
-from workloads.storage.checkpoint import CONFIG, CheckpointError, read_checkpoint
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
-from workloads.types import ImageBatch, PairViews, Views
-
-if TYPE_CHECKING:
-    from workloads.models.vit import VitTrunk
-
-AnyObjective: TypeAlias = AnchorNTXent | NTXent | DetCon | DetCo
 
 ORCHESTRATOR_SECTIONS = ("scaling", "tracking", "storage", "failure", "sweep")
 """Sections of an experiment file that say where it runs, not what; a run without Ray and MLflow skips them."""
@@ -143,53 +134,6 @@ class PretrainConfig:
                 )
 
 
-def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> AnyObjective:
-    """The objective with its networks, freshly initialised from the global RNG.
-
-    Args:
-        seed: of the draws inside the objective; the run's own by default.
-    """
-    seed = settings.seed if seed is None else seed
-    match settings.objective, settings.views:
-        case AnchorNTXentConfig() as objective, ViewsConfig() as views:
-            return AnchorNTXent(objective, settings.backbone, crop_size=views.crop_size, seed=seed)
-        case NTXentConfig() as objective, _:
-            return NTXent(objective, settings.backbone)
-        case DetConConfig() as objective, _:
-            return DetCon(objective, settings.backbone, seed=seed)
-        case DetCoConfig() as objective, PairViewsConfig(patches=patches) if patches is not None:
-            return DetCo(objective, settings.backbone, patches=patches.grid**2)
-    raise AssertionError("refused when the configuration was made")
-
-
-def render_views(batch: ImageBatch, settings: PretrainConfig) -> Views | PairViews:
-    """The training views of `batch`, on its device."""
-    match settings.views:
-        case ViewsConfig() as views:
-            return make_views(batch, views, seed=settings.seed)
-        case PairViewsConfig() as views:
-            return make_pair_views(batch, views, seed=settings.seed)
-
-
-def load_initial_weights(objective: torch.nn.Module, uri: str, *, device: torch.device) -> None:
-    """Start `objective` from the networks of the checkpoint at `uri`.
-
-    Raises:
-        ConfigError: no checkpoint there, a damaged one, or one of other networks.
-    """
-    try:
-        filesystem, folder = resolve_uri(uri)
-        state = read_checkpoint(folder, filesystem, device=device).state["model"]
-        objective.load_state_dict(state)
-    except (CheckpointError, DataError, OSError) as error:
-        raise ConfigError(f"init_from: {error}") from None
-    except RuntimeError as error:  # torch lists the names on lines of their own
-        differences = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ConfigError(
-            f"init_from: {uri} holds other networks than this configuration ({differences[:300]})"
-        ) from None
-
-
 def load_pretrain(path: str | Path, overrides: dict[str, Any]) -> PretrainConfig:
     """An experiment file and dotted overrides as a run without Ray and MLflow.
 
@@ -198,52 +142,3 @@ def load_pretrain(path: str | Path, overrides: dict[str, Any]) -> PretrainConfig
     """
     data = {key: value for key, value in read_yaml(path).items() if key not in ORCHESTRATOR_SECTIONS}
     return build(PretrainConfig, apply_overrides(data, overrides))
-
-
-def load_model(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[AnyObjective, PretrainConfig]:
-    """The networks of a checkpoint, in eval mode, and the run's config.
-
-    Raises:
-        CheckpointError: no checkpoint, or a damaged one.
-    """
-    settings = build(PretrainConfig, read_yaml(checkpoint / CONFIG))
-    model = build_objective(settings).to(device)
-    model.load_state_dict(read_checkpoint(str(checkpoint), device=device).state["model"])
-    return model.eval(), settings
-
-
-def load_trunk(uri: str | Path, *, device: torch.device | str = "cpu") -> "Trunk | VitTrunk":
-    """The trunk of a checkpoint of any objective, in eval mode.
-
-    Args:
-        uri: folder or s3:// address of a checkpoint.
-
-    Raises:
-        CheckpointError: no checkpoint there, or a damaged one.
-        DataError, OSError: the place cannot be reached.
-    """
-    filesystem, folder = resolve_uri(str(uri))
-    found = read_checkpoint(folder, filesystem, device=device)
-    text = read_bytes(filesystem, f"{folder}/{CONFIG}").decode()
-    settings = build(PretrainConfig, parse_yaml(text, source=f"{uri}/{CONFIG}"))
-    trunk = make_trunk(settings.backbone).to(device)
-    prefix = "online.trunk." if isinstance(settings.objective, DetCoConfig) else "trunk."
-    named = {n.removeprefix(prefix): value for n, value in found.state["model"].items() if n.startswith(prefix)}
-    trunk.load_state_dict(named)
-    return trunk.eval()
-
-
-def load_initial_trunk(objective: AnyObjective, uri: str, *, device: torch.device) -> None:
-    """Start `objective`'s trunk from that of the checkpoint at `uri`.
-
-    Raises:
-        ConfigError: no checkpoint there, a damaged one, or one of another trunk.
-    """
-    try:
-        objective.trunk.load_state_dict(load_trunk(uri, device=device).state_dict())
-    except (CheckpointError, ConfigError, DataError, OSError) as error:
-        raise ConfigError(f"trunk_from: {error}") from None
-    except RuntimeError:
-        raise ConfigError(
-            f"trunk_from: {uri} holds another trunk than backbone says; give it the same name and norm"
-        ) from None

@@ -90,7 +90,7 @@ def test_the_science_skips_what_the_orchestrator_adds() -> None:
     import dataclasses
 
     from orchestrator.experiments.load import EXPERIMENTS
-    from orchestrator.experiments.spec import SweepExperiment
+    from orchestrator.experiments.sweep_spec import SweepExperiment
     from workloads.loops.dispatch import load_loop
     from workloads.spec.pretrain import ORCHESTRATOR_SECTIONS, PretrainConfig
 

@@ -27,7 +27,7 @@ from workloads.data.build.sources import (
     ParquetSourceConfig,
     VocSourceConfig,
 )
-from workloads.data.loading.loaders import read_annotations
+from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import DataError, Manifest, open_dataset
 
 

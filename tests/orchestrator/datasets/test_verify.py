@@ -4,7 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.datasets.build import build_dataset
-from orchestrator.datasets.verify import dataset_stats, draw_stats, log_stats, verify_dataset
+from orchestrator.datasets.stats import dataset_stats, draw_stats, log_stats
+from orchestrator.datasets.verify import verify_dataset
 from tests.workloads.data.images import make_folder
 from workloads.config import ConfigError
 from workloads.data.build.shards import BuildConfig

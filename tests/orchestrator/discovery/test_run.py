@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from orchestrator.cli.app import run
-from workloads.data.loading.loaders import read_annotations
+from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import open_dataset
 
 COMMON = (

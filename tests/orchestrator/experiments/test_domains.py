@@ -7,7 +7,8 @@ import pickle
 import optuna
 import pytest
 
-from orchestrator.experiments.domains import DomainConfig, SearchSpace, override_space, take_dotted
+from orchestrator.experiments.domains import DomainConfig, override_space, take_dotted
+from orchestrator.sweeps.space import SearchSpace
 from workloads.config import ConfigError, build, config
 
 DOMAINS = {

@@ -11,9 +11,10 @@ import pytest
 from orchestrator.cli.app import run
 from orchestrator.experiments.load import load_experiment, load_sweep
 from orchestrator.experiments.spec import ScalingConfig
-from orchestrator.launch.plan import Calibration, CalibrationError, plan_run, plan_sweep, resource_request
+from orchestrator.launch.calibration import Calibration, CalibrationError
+from orchestrator.launch.plan import plan_run, plan_sweep, resource_request
 from workloads.config import ConfigError
-from workloads.spec.pretrain import build_objective
+from workloads.spec.factory import build_objective
 
 
 def test_what_can_be_counted_is(experiment: Path, datasets: dict[str, str]):

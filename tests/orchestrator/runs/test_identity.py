@@ -8,7 +8,7 @@ from orchestrator.experiments.load import load_experiment
 from orchestrator.experiments.spec import TrainExperiment
 from orchestrator.runs.identity import Run, hold_run
 from orchestrator.runs.identity import claim_run as claim
-from orchestrator.tracking.sink import run_header
+from orchestrator.tracking.header import run_header
 from workloads.config import ConfigError
 
 

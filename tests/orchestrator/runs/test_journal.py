@@ -9,8 +9,11 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 
 from orchestrator.ray_support.node_load import by_node
-from orchestrator.runs.journal import Journal, JournalArchive, JournalDrain, JournalReader, Record
-from orchestrator.tracking.sink import MlflowSink, RunHeader
+from orchestrator.runs.delivery import JournalDrain
+from orchestrator.runs.journal import Journal, JournalReader, Record
+from orchestrator.runs.journal_archive import JournalArchive
+from orchestrator.tracking.header import RunHeader
+from orchestrator.tracking.sink import MlflowSink
 from orchestrator.training.journal_callback import records_of
 
 

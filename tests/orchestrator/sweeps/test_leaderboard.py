@@ -6,18 +6,10 @@ import io
 import numpy as np
 import pytest
 
-from orchestrator.sweeps.leaderboard import (
-    Comparison,
-    SuiteComparison,
-    Trial,
-    common_step,
-    hits_of,
-    importance,
-    leaderboard_rows,
-    ranked,
-    to_csv,
-)
-from orchestrator.sweeps.trial import score_of
+from orchestrator.sweeps.comparison import Comparison, SuiteComparison
+from orchestrator.sweeps.leaderboard import Trial, common_step, importance, leaderboard_rows, ranked, to_csv
+from orchestrator.sweeps.stages import score_of
+from workloads.evaluation.tables import hits_of
 
 RANK_BY = ("eval/sga", "eval/photometric/sga")
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from orchestrator.sweeps import progress as sweep_progress
 from orchestrator.sweeps.progress import Clock, Deadline, SweepProgress
-from orchestrator.sweeps.trial import BUDGET, SCORE
+from orchestrator.sweeps.stages import BUDGET, SCORE
 
 
 def test_the_next_driver_goes_on_counting(tmp_path, monkeypatch):

@@ -18,7 +18,8 @@ from mlflow import MlflowClient
 from orchestrator.cli.app import run
 from orchestrator.experiments.load import load_experiment, load_sweep
 from orchestrator.results.promote import Gate, parse_gate
-from orchestrator.sweeps.run import check_sweep, search_stage
+from orchestrator.sweeps.checks import check_sweep
+from orchestrator.sweeps.stages import search_stage
 from orchestrator.sweeps.tuning import _optuna
 from tests.orchestrator.conftest import write_experiment
 from workloads.config import ConfigError

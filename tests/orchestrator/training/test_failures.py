@@ -6,9 +6,11 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 from ray.train import WorkerGroupError
 
-from orchestrator.training.failures import Decision, Failure, classify, decide, worker_cause
+from orchestrator.ray_support.errors import worker_cause
+from orchestrator.training.failures import Decision, Failure, classify, decide
 from workloads.config import ConfigError
-from workloads.loops.steps import NonFiniteLossError, RunStoppedError
+from workloads.loops.meter import NonFiniteLossError
+from workloads.loops.steps import RunStoppedError
 from workloads.storage.filesystems import DataError, StoreUnavailableError
 
 

@@ -11,7 +11,8 @@ import torch
 from orchestrator.ray_support.node_load import NODE
 from orchestrator.training import worker as ray_runtime
 from orchestrator.training.unconfirmed_reports import UnconfirmedReports
-from workloads.storage.checkpoint import CheckpointMeta, CheckpointStore, Snapshot
+from workloads.storage.checkpoint import CheckpointMeta, Snapshot
+from workloads.storage.checkpoint_store import CheckpointStore
 
 
 def test_a_report_is_kept_until_two_later_ones_were_sent():

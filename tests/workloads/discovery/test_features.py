@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision
 
-from workloads.data.views.crops import crop_boxes
+from workloads.data.views.resampling import crop_boxes
 from workloads.discovery.baselines import (
     ClsAttentionConfig,
     FelzenszwalbConfig,
@@ -17,8 +17,9 @@ from workloads.discovery.baselines import (
     whole_image,
 )
 from workloads.discovery.components import FeaturesError
-from workloads.discovery.features import PatchExtractor, cells_to_pixels, dilated, same_size_groups
+from workloads.discovery.features import PatchExtractor, cells_to_pixels, same_size_groups
 from workloads.models.backbone import BackboneConfig, Trunk, imagenet_normalized
+from workloads.models.dilation import dilated
 from workloads.models.vit import VitConfig, VitTrunk
 from workloads.types import ImageBatch
 

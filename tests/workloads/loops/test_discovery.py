@@ -14,7 +14,7 @@ from workloads.__main__ import main
 from workloads.config import ConfigError, apply_overrides, build, parse_overrides
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
-from workloads.data.loading.loaders import read_annotations
+from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import read_objects
 from workloads.discovery.components import FeaturesError

@@ -14,8 +14,8 @@ from workloads.config import ConfigError, apply_overrides, build, parse_override
 from workloads.data.store.objects import BOXES_SCHEMA
 from workloads.loops.dispatch import load_loop, run_loop
 from workloads.loops.finetune import FinetuneConfig, finetune, load_detector, preflight
+from workloads.loops.meter import NonFiniteLossError
 from workloads.loops.pretrain import pretrain
-from workloads.loops.steps import NonFiniteLossError
 from workloads.parallel.runtime import LocalRuntime
 from workloads.spec.pretrain import PretrainConfig
 from workloads.storage.checkpoint import CheckpointError
@@ -91,7 +91,7 @@ def test_a_run_leaves_records_a_checkpoint_and_a_picture(coco, trunk, tmp_path):
 
 def test_the_trunk_begins_with_the_checkpoints_weights_and_the_head_is_the_same_for_every_trunk(coco, trunk):
     from workloads.loops.finetune import build_detector
-    from workloads.spec.pretrain import load_model
+    from workloads.spec.loading import load_model
 
     pretrained = load_model(Path(trunk))[0].trunk.state_dict()
     detectors = [

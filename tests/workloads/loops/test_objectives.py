@@ -14,8 +14,9 @@ from workloads.data.store.manifest import DataError
 from workloads.evaluation.compare import compare, read_run, table
 from workloads.loops.pretrain import preflight, pretrain
 from workloads.models.backbone import Trunk
+from workloads.models.trunks import load_trunk
 from workloads.parallel.runtime import LocalRuntime
-from workloads.spec.pretrain import PretrainConfig, load_trunk
+from workloads.spec.pretrain import PretrainConfig
 
 TINY = """
 steps: 4

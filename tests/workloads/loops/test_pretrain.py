@@ -19,11 +19,14 @@ from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
 from workloads.data.store.manifest import DataError
 from workloads.evaluation.grid import evaluate
+from workloads.loops.meter import NonFiniteLossError
 from workloads.loops.pretrain import preflight, pretrain
-from workloads.loops.steps import NonFiniteLossError, RunStoppedError
+from workloads.loops.steps import RunStoppedError
 from workloads.parallel.runtime import LocalRuntime
-from workloads.spec.pretrain import PretrainConfig, load_model
-from workloads.storage.checkpoint import CheckpointError, CheckpointStore
+from workloads.spec.loading import load_model
+from workloads.spec.pretrain import PretrainConfig
+from workloads.storage.checkpoint import CheckpointError
+from workloads.storage.checkpoint_store import CheckpointStore
 
 TINY = """
 steps: 6

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from workloads.data.loading.loaders import Annotations
+from workloads.data.store.annotations import Annotations
 from workloads.metrics.corloc import CorLocConfig, corloc_figures, corloc_gain, corloc_hits, covers, iou_of
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.workloads.metrics.test_corloc import truth as annotated
-from workloads.data.loading.loaders import Annotations
+from workloads.data.store.annotations import Annotations
 from workloads.discovery.pseudo_boxes import FoundBoxes
 from workloads.metrics.matched_precision import fit_match, matched_precision
 

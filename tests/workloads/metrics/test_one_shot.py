@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from workloads.config import build
-from workloads.data.loading.loaders import DataConfig, EvalLoader
+from workloads.data.loading.loaders import EvalLoader
+from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import Objects, read_objects
 from workloads.metrics.average_precision import DetectionTable, Truth, average_precision

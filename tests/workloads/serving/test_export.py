@@ -18,7 +18,8 @@ from workloads.models.backbone import BackboneConfig, Trunk
 from workloads.models.detector import Detector, DetectorConfig
 from workloads.parallel.runtime import LocalRuntime
 from workloads.serving.export import FORMATS, Exported, ExportError, check_onnx, export, exported_of, presentable
-from workloads.spec.pretrain import PretrainConfig, load_model
+from workloads.spec.loading import load_model
+from workloads.spec.pretrain import PretrainConfig
 
 EXAMPLES = Path(workloads.examples.__file__).parent
 

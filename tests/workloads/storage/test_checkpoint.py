@@ -13,15 +13,9 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from torch import nn
 
-from workloads.storage.checkpoint import (
-    CheckpointError,
-    CheckpointMeta,
-    CheckpointStore,
-    CheckpointWriter,
-    Snapshot,
-    read_checkpoint,
-    take_snapshot,
-)
+from workloads.storage.checkpoint import CheckpointError, CheckpointMeta, Snapshot, read_checkpoint, take_snapshot
+from workloads.storage.checkpoint_store import CheckpointStore
+from workloads.storage.checkpoint_writer import CheckpointWriter
 
 
 def snapshot_of(step: int, **metrics: float) -> Snapshot:

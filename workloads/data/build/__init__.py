@@ -1,0 +1,1 @@
+"""Turns sources of images into rows and shards."""

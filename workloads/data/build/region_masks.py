@@ -11,12 +11,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from workloads.config import config
+from workloads.data.store.region_codec import MOST_REGIONS, RegionsError, decode_regions
 from workloads.storage.filesystems import read_bytes, resolve_uri
-
-PREFIX = "regions_"
-"""What the name of every column of regions begins with."""
-
-MOST_REGIONS = 65535  # what 16 bits hold
 
 
 @config
@@ -80,10 +76,6 @@ class RegionColumnsConfig:
         """Names of the columns, without the prefix, in a fixed order."""
         names = [name for name in ("grid", "felzenszwalb", "slic", "panoptic") if getattr(self, name) is not None]
         return (*names, *([self.column.name] if self.column is not None else []))
-
-
-class RegionsError(Exception):
-    """A mask that was given cannot be used; the message says why."""
 
 
 def compute_regions(
@@ -155,33 +147,3 @@ def _dense(ids: np.ndarray) -> np.ndarray:
     if len(known) > MOST_REGIONS:
         raise RegionsError(f"{len(known)} regions are more than {MOST_REGIONS}")
     return (index.reshape(ids.shape) + (0 if known[0] == 0 else 1)).astype(np.int32)
-
-
-def resize_regions(ids: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """`ids` (H, W) at another size, by nearest sampling at pixel centres."""
-    if ids.shape == size_hw:
-        return ids
-    row, column = (((2 * np.arange(new) + 1) * old // (2 * new)) for new, old in zip(size_hw, ids.shape, strict=True))
-    return ids[row[:, None], column]
-
-
-def encode_regions(ids: np.ndarray) -> bytes:
-    """int32 (H, W) as a PNG of 16-bit grey."""
-    buffer = io.BytesIO()
-    Image.fromarray(ids.astype(np.uint16)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def decode_regions(encoded: bytes | memoryview | np.ndarray) -> np.ndarray:
-    """A mask's numbers, int32 (H, W).
-
-    Raises:
-        RegionsError: not a grey image of 8 or 16 bits, nor one with a palette, whose indices are the numbers.
-    """
-    try:
-        with Image.open(io.BytesIO(bytes(encoded))) as png:
-            if png.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
-                raise RegionsError(f"a mask of mode {png.mode} has no numbers; give grey of 8 or 16 bits")
-            return np.asarray(png).astype(np.int32)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RegionsError(f"not a readable mask ({error})") from None

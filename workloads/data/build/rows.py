@@ -13,16 +13,10 @@ import pyarrow as pa
 from PIL import Image
 from torch import Tensor
 
-from workloads.data.build.region_masks import (
-    PREFIX,
-    RegionColumnsConfig,
-    RegionsError,
-    compute_regions,
-    encode_regions,
-    resize_regions,
-)
+from workloads.data.build.region_masks import RegionColumnsConfig, compute_regions
 from workloads.data.build.sources import OBJECTS_TYPE
 from workloads.data.loading.decode import DecodeError, decode_image
+from workloads.data.store.region_codec import PREFIX, RegionsError, encode_regions, resize_regions
 
 _SCHEMA = pa.schema(
     [

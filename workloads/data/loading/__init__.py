@@ -1,0 +1,1 @@
+"""Loads batches from shards in the order of the sample plan."""

@@ -15,7 +15,7 @@ import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from workloads.data.build.region_masks import RegionsError, decode_regions, resize_regions
+from workloads.data.store.region_codec import RegionsError, decode_regions, resize_regions
 
 Encoded: TypeAlias = bytes | memoryview | np.ndarray
 

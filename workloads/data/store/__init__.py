@@ -1,0 +1,1 @@
+"""The files of a dataset: manifest, row groups, annotations, cache."""

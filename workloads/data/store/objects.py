@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from workloads.data.loading.loaders import read_annotations
+from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import Dataset
 from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from workloads.data.build.region_masks import PREFIX
 from workloads.data.store.disk_cache import DiskCache
 from workloads.data.store.manifest import Dataset
+from workloads.data.store.region_codec import PREFIX
 from workloads.storage.filesystems import ATTEMPTS, DataError, StoreUnavailableError, is_outage, with_retries
 
 _OPEN_SHARDS = 256

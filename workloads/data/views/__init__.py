@@ -1,0 +1,1 @@
+"""Renders training views of a batch on the device."""

@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from workloads.config import to_yaml
-from workloads.data.loading.loaders import Annotations, DataConfig, EvalLoader, read_annotations
+from workloads.data.loading.loaders import EvalLoader
+from workloads.data.loading.pipeline import DataConfig
+from workloads.data.store.annotations import Annotations, read_annotations
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.objects import AGNOSTIC, Objects
 from workloads.discovery.clustering import cluster, cluster_names

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from workloads.config import ConfigError
-from workloads.data.loading.loaders import DataConfig, EvalLoader
+from workloads.data.loading.loaders import EvalLoader
+from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import AGNOSTIC
-from workloads.data.views.crops import crop_boxes
 from workloads.data.views.detection import make_detection_views
+from workloads.data.views.resampling import crop_boxes
 from workloads.discovery import baselines
 from workloads.discovery.components import FeaturesError, Found
 from workloads.discovery.features import PatchExtractor, PatchFeatures, cells_to_pixels, same_size_groups

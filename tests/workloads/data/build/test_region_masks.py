@@ -12,24 +12,18 @@ import torch
 from PIL import Image
 
 from orchestrator.datasets.build import build_dataset
-from orchestrator.datasets.verify import draw_regions, verify_dataset
+from orchestrator.datasets.region_figure import draw_regions
+from orchestrator.datasets.verify import verify_dataset
 from tests.places import SHARED_DATA
 from tests.workloads.data.images import encoded, make_folder, picture, quarters
 from workloads.config import build
-from workloads.data.build.region_masks import (
-    FelzenszwalbConfig,
-    RegionColumnsConfig,
-    RegionsError,
-    SlicConfig,
-    compute_regions,
-    decode_regions,
-    encode_regions,
-    resize_regions,
-)
+from workloads.data.build.region_masks import FelzenszwalbConfig, RegionColumnsConfig, SlicConfig, compute_regions
 from workloads.data.build.shards import BuildConfig
-from workloads.data.loading.loaders import DataConfig, TrainLoader
+from workloads.data.loading.loaders import TrainLoader
+from workloads.data.loading.pipeline import DataConfig
 from workloads.data.loading.sample_plan import SamplePlan
 from workloads.data.store.manifest import DataError, open_dataset
+from workloads.data.store.region_codec import RegionsError, decode_regions, encode_regions, resize_regions
 from workloads.data.store.row_groups import check_regions
 
 

@@ -12,7 +12,8 @@ from tests.workloads.data.loading.test_decode import exif
 from workloads.config import ConfigError
 from workloads.data.loading.decode import decode_batch
 from workloads.data.loading.decode_cuda import decode_batch_on, is_plain_jpeg, nvjpeg
-from workloads.data.loading.loaders import DataConfig, EvalLoader
+from workloads.data.loading.loaders import EvalLoader
+from workloads.data.loading.pipeline import DataConfig
 from workloads.data.loading.upload import Upload
 from workloads.data.store.manifest import Dataset
 

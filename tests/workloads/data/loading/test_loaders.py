@@ -13,8 +13,10 @@ from tests.places import SHARED_DATA
 from tests.workloads.data.images import encoded, picture
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import CocoSourceConfig, FolderSourceConfig
-from workloads.data.loading.loaders import DataConfig, EvalLoader, TrainLoader, read_annotations
+from workloads.data.loading.loaders import EvalLoader, TrainLoader
+from workloads.data.loading.pipeline import DataConfig
 from workloads.data.loading.sample_plan import SamplePlan
+from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import DataError, Dataset, open_dataset
 from workloads.data.store.row_groups import RowGroupReader
 from workloads.types import ImageBatch

@@ -8,7 +8,7 @@ import pytest
 
 from tests.s3_peer import peer_environment
 from tests.workloads.data.images import encoded, quarters
-from workloads.data.loading.loaders import read_annotations
+from workloads.data.store.annotations import read_annotations
 
 SCRIPT = """
 import json, sys

@@ -6,7 +6,8 @@ import torchvision.transforms.v2.functional as F
 
 from workloads.config import ConfigError, build
 from workloads.data.views.counter_random import stream, text_keys, uniform
-from workloads.data.views.crops import JitterConfig, ViewsConfig, axis_weights, jitter_colours, make_views, resample
+from workloads.data.views.crops import JitterConfig, ViewsConfig, jitter_colours, make_views
+from workloads.data.views.resampling import axis_weights, resample
 from workloads.types import ImageBatch
 
 NO_JITTER = JitterConfig(share=0.0)

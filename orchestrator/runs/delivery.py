@@ -1,0 +1,77 @@
+"""Delivers the records of a journal to a sink (MLflow) from a background thread, and tries again after an outage."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.runs.journal import JournalReader, Record, logger
+
+
+class Sink(Protocol):
+    """Where records go. `write` may raise and is then called again with the same records."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Deliver `records`; one that was delivered before must not count twice."""
+        ...
+
+
+class JournalDrain:
+    """One thread that delivers a journal's records to a sink, however often that takes, until it is closed."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        sink: Sink,
+        *,
+        poll_s: float = 0.5,
+        first_retry_s: float = 0.5,
+        last_retry_s: float = 30.0,
+    ) -> None:
+        self._reader = JournalReader(path)
+        self._sink = sink
+        self._poll_s = poll_s
+        self._first_retry_s = first_retry_s
+        self._last_retry_s = last_retry_s
+        self._pending: list[Record] = []
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._run, name="journal-drain", daemon=True)
+        self.last_error: Exception | None = None
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        self._thread.start()
+
+    def close(self, *, timeout_s: float = 60.0) -> int:
+        """Deliver what is left, for at most `timeout_s`; returns how many records stayed behind in the journal."""
+        self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        with contextlib.suppress(RuntimeError):  # never started
+            self._thread.join(timeout_s + 5.0)
+        return len(self._pending) + len(self._reader.read())
+
+    def _run(self) -> None:
+        delay = self._first_retry_s
+        while True:
+            closing = self._closing.is_set()
+            self._pending += self._reader.read()
+            if self._pending:
+                try:
+                    self._sink.write(self._pending)
+                    self._pending = []
+                    self.last_error = None
+                    delay = self._first_retry_s
+                except Exception as error:
+                    if self.last_error is None:
+                        logger.warning("tracking: not delivered, will try again: %s", error)
+                    self.last_error = error
+            if closing and (not self._pending or time.monotonic() > self._deadline):
+                return
+            if self._pending:
+                time.sleep(min(delay, max(0.0, self._deadline - time.monotonic())))
+                delay = min(2 * delay, self._last_retry_s)
+            else:
+                self._closing.wait(self._poll_s)

@@ -1,0 +1,207 @@
+"""The loading pipeline: fetches row groups, decodes and uploads batches on thread pools, ahead of the step."""
+
+import collections
+import functools
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from workloads.config import ConfigError, config
+from workloads.data.loading.decode import decode_batch, decode_regions_batch
+from workloads.data.loading.decode_cuda import cuda_device, decode_batch_on, nvjpeg
+from workloads.data.store.disk_cache import DiskCache
+from workloads.data.store.manifest import Dataset
+from workloads.data.store.row_groups import RowGroup, RowGroupReader
+from workloads.types import ImageBatch
+
+_READ_AHEAD = 4
+
+
+@config
+class DataConfig:
+    """Which dataset is read, and how."""
+
+    uri: str
+    """Folder or s3:// URI of a dataset made by `orchestrator data build`."""
+    decode_size: PositiveInt | None = 256
+    """Longer side, pixels, to which images are shrunk while decoding; none: source resolution."""
+    dct_scaling: bool = False
+    """Decode JPEGs of at least twice decode_size at 1/2, 1/4 or 1/8 of their size: quicker, slightly other pixels."""
+    decode_device: Literal["cpu", "cuda"] = "cpu"
+    """What decodes JPEGs; cuda: the worker's own GPU, by nvJPEG, with pixels that differ slightly from the CPU's."""
+    lanes: PositiveInt | None = None
+    """Parallel streams of the sample plan; divides the global batch size; none: its largest divisor not above 64."""
+    io_threads: PositiveInt = 8
+    """Threads that fetch row groups."""
+    decode_threads: PositiveInt = 2
+    """Threads that decode images."""
+    prefetch_batches: NonNegativeInt = 3
+    """Batches made ready ahead of the one in use."""
+    cache_dir: str | None = None
+    """Local folder that keeps row groups for later epochs, shared by the workers of a node; none: no cache."""
+    cache_gib: PositiveFloat = 50.0
+    """Size, GiB, at which the cache drops what was unused longest."""
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    """Share of an epoch's rows that may fail to decode before the run fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's rows of one batch."""
+
+    epoch: int
+    positions: np.ndarray
+    row_group: np.ndarray
+    row_in_group: np.ndarray
+    open_groups: np.ndarray  # what later batches need soon, this one's groups included
+    size: int  # rows of the batch; the missing ones are padding
+
+
+class Pipeline:
+    """Turns shares into batches, in order, some of them ahead of the consumer.
+
+    One thread walks the plan and asks for row groups early; they live as long as a batch on its way has them open.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        regions: str | None = None,
+        wanted: frozenset[str] | None = None,
+    ) -> None:
+        cache = None
+        if config.cache_dir is not None:
+            cache = DiskCache(config.cache_dir, max_bytes=int(config.cache_gib * 2**30))
+        self._reader = RowGroupReader(dataset, cache, regions=regions)
+        self._regions, self._wanted = regions, wanted
+        self._config = config
+        self.decode = _decoder(config)
+        self.wait_seconds = 0.0
+
+    def run(self, shares: Iterator[Share]) -> "_Run":
+        return _Run(self, shares)
+
+
+def _decoder(config: DataConfig) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    if config.decode_device == "cpu":
+        return functools.partial(decode_batch, pinned=torch.cuda.is_available(), dct_scaling=config.dct_scaling)
+    if config.dct_scaling:
+        raise ConfigError(
+            "data.dct_scaling: only the CPU's decoder has it; leave it out, or set data.decode_device=cpu"
+        )
+    device = cuda_device()
+    return functools.partial(decode_batch_on, device, decode_jpegs=nvjpeg(device))
+
+
+class _Run:
+    """One pass of a pipeline: a context manager that owns the threads and yields the batches."""
+
+    def __init__(self, pipeline: Pipeline, shares: Iterator[Share]) -> None:
+        self._pipeline = pipeline
+        self._config = pipeline._config
+        self._shares = shares
+        self._groups: weakref.WeakValueDictionary[int, Future[RowGroup]] = weakref.WeakValueDictionary()
+
+    def __enter__(self) -> Iterator[ImageBatch]:
+        self._plan_pool = ThreadPoolExecutor(1, "data-plan")
+        self._io_pool = ThreadPoolExecutor(self._config.io_threads, "data-read")
+        self._batch_pool = ThreadPoolExecutor(2, "data-batch")
+        self._decode_pool = ThreadPoolExecutor(self._config.decode_threads, "data-decode")
+        return self._batches()
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._plan_pool, self._io_pool, self._decode_pool, self._batch_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._plan_pool, self._io_pool, self._decode_pool, self._batch_pool):
+            pool.shutdown(wait=True)
+
+    def _batches(self) -> Iterator[ImageBatch]:
+        planned: collections.deque[Future[Any]] = collections.deque()
+        ready: collections.deque[Future[ImageBatch | None]] = collections.deque()
+        while True:
+            while len(ready) <= self._config.prefetch_batches:
+                while len(planned) <= _READ_AHEAD:
+                    planned.append(self._plan_pool.submit(self._ask))
+                ready.append(self._batch_pool.submit(self._make, planned.popleft()))
+            started = time.perf_counter()
+            batch = ready.popleft().result()
+            self._pipeline.wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def _ask(self) -> tuple[Share, dict[int, Future[RowGroup]]] | None:
+        """Take the next share and see that its row groups are on their way; its own first, then the open ones."""
+        share = next(self._shares, None)
+        if share is None:
+            return None
+        held: dict[int, Future[RowGroup]] = {}
+        for group in itertools.chain(np.unique(share.row_group).tolist(), share.open_groups.tolist()):
+            if group not in held:
+                future = self._groups.get(group)
+                if future is None:
+                    future = self._groups[group] = self._io_pool.submit(self._pipeline._reader.read, group)
+                held[group] = future
+        return share, held
+
+    def _make(self, planned: "Future[tuple[Share, dict[int, Future[RowGroup]]] | None]") -> ImageBatch | None:
+        asked = planned.result()
+        if asked is None:
+            return None
+        share, held = asked
+        encoded, ids, masks = _rows_of(share, held)
+        padding = share.size - len(ids)
+        wanted = self._pipeline._wanted
+        if wanted is not None:
+            encoded = [data if name in wanted else None for data, name in zip(encoded, ids, strict=True)]
+        encoded += [None] * padding
+        images, content_hw, source_hw, valid = self._pipeline.decode(
+            encoded, decode_size=self._config.decode_size, pool=self._decode_pool
+        )
+        positions = np.concatenate([share.positions, np.full(padding, -1, dtype=np.int64)])
+        regions, num_regions = None, 0
+        if self._pipeline._regions is not None:
+            canvas_hw = (images.shape[2], images.shape[3])
+            regions, num_regions = decode_regions_batch(
+                [*masks, *[None] * padding],
+                content_hw=content_hw,
+                canvas_hw=canvas_hw,
+                pool=self._decode_pool,
+                pinned=torch.cuda.is_available(),
+            )
+        return ImageBatch(
+            images=images,
+            content_hw=content_hw,
+            source_hw=source_hw,
+            image_ids=(*ids, *[""] * padding),
+            positions=torch.from_numpy(positions),
+            valid=valid,
+            epoch=share.epoch,
+            regions=regions,
+            num_regions=num_regions,
+        )
+
+
+def _rows_of(
+    share: Share, held: dict[int, Future[RowGroup]]
+) -> tuple[list[np.ndarray | None], Sequence[str], list[bytes | None]]:
+    """Encoded images, ids and, where they were asked for, encoded masks."""
+    encoded, ids, masks = [], [], []
+    for group, row in zip(share.row_group.tolist(), share.row_in_group.tolist(), strict=True):
+        row_group = held[group].result()
+        encoded.append(row_group.encoded(row))
+        ids.append(row_group.image_ids[row])
+        if row_group.regions is not None:
+            masks.append(row_group.regions[row])
+    return encoded, ids, masks

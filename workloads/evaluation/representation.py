@@ -1,0 +1,97 @@
+"""Evaluates a frozen trunk by nearest neighbours and a linear probe on image labels."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from workloads.config import ConfigError
+from workloads.data.loading.loaders import EvalLoader
+from workloads.data.loading.pipeline import DataConfig
+from workloads.data.store.annotations import read_annotations
+from workloads.data.store.manifest import Dataset, open_dataset
+from workloads.data.views.counter_random import text_keys
+from workloads.metrics import representation
+from workloads.metrics.representation import Features, RepresentationConfig, Split
+from workloads.models.backbone import imagenet_normalized
+from workloads.parallel.distributed import gather_rows
+from workloads.parallel.runtime import Runtime, new_folder
+from workloads.spec.pretrain import EvaluationConfig
+
+
+class RepresentationEvaluation:
+    """Nearest neighbours and a linear probe on a trunk's frozen features, reported through the runtime by every rank alike."""
+
+    def __init__(self, evaluation: EvaluationConfig, settings: RepresentationConfig, runtime: Runtime) -> None:
+        self.settings, self.runtime = settings, runtime
+        self._batch_size = evaluation.batch_size
+        self._train, self._test, self.split = self.check(settings)
+
+    @staticmethod
+    def check(settings: RepresentationConfig) -> tuple[Dataset, Dataset, Split]:
+        """The datasets to learn from and to tell apart, and which of their images.
+
+        Raises:
+            ConfigError: nothing can be told apart there.
+            DataError: no dataset there.
+        """
+        train = open_dataset(settings.train_uri)
+        test = open_dataset(settings.test_uri) if settings.test_uri is not None else None
+        split = representation.choose_split(_labels(train), _labels(test) if test is not None else None, settings)
+        if len(split.classes) < 2 or not split.test:
+            raise ConfigError(
+                f"evaluation.representation.train_uri: {settings.train_uri} has {len(split.classes)} classes and leaves "
+                f"{len(split.test)} images to tell apart; give a dataset with labels, or a test_uri"
+            )
+        return train, train if test is None else test, split
+
+    def run(self, model: torch.nn.Module, *, step: int, final: bool) -> dict[str, float]:
+        """Measure `model.trunk` and report its figures at `step`, with each test image's hits as an artifact.
+
+        Args:
+            final: whether the linear probe is trained, too; it is at step 0, from which gains are counted.
+
+        Returns:
+            The figures on rank 0; nothing elsewhere.
+        """
+        model.eval()
+        trunk: Any = model.trunk
+        train, train_labels = self._features(trunk, self._train, self.split.train)
+        test, test_labels = self._features(trunk, self._test, self.split.test)
+        figures: dict[str, float] = {}
+        folder = None
+        if self.runtime.rank == 0:
+            linear = (final or step == 0) and self.settings.linear
+            figures, hits = representation.measure(train, train_labels, test, test_labels, self.settings, linear=linear)
+            folder = new_folder()
+            (folder / "report").mkdir(parents=True)
+            np.savez_compressed(folder / "report" / f"representation_step_{step:07d}.npz", **hits)  # type: ignore[arg-type]
+        self.runtime.report(figures, step=step, artifacts=folder)
+        return figures
+
+    def _features(self, trunk: Any, dataset: Dataset, wanted: dict[str, int]) -> tuple[Features, np.ndarray]:
+        """Of all ranks' images, ordered by their hashes, so that figures do not depend on how images were shared out."""
+        loader = EvalLoader(
+            dataset,
+            DataConfig(uri=dataset.uri, decode_size=None),
+            batch_size=self._batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            wanted=frozenset(wanted),
+        )
+        batches = (batch.to(self.runtime.device) for batch in loader)
+        mine = representation.extract(
+            lambda images: trunk.pooled(imagenet_normalized(images)), batches, frozenset(wanted), self.settings
+        )
+        joined = [
+            gather_rows(torch.from_numpy(x).to(self.runtime.device)) for x in (mine.trunk, mine.pixel, mine.image)
+        ]
+        order = joined[2].argsort()
+        vectors, pixels, images = (x[order].cpu().numpy() for x in joined)
+        by_hash = dict(zip(text_keys(tuple(wanted)).tolist(), wanted.values(), strict=True))
+        labels = np.array([by_hash[image] for image in images.tolist()], dtype=np.int64)
+        return Features(trunk=vectors, pixel=pixels, image=images), labels
+
+
+def _labels(dataset: Dataset) -> dict[str, str | None]:
+    return {image: found.label for image, found in read_annotations(dataset).items()}
