@@ -47,6 +47,8 @@ _STOP_S = 20.0
 class ClusterError(RuntimeError):
     """The cluster cannot be started, reached or stopped; the message says why and what to do."""
 
+    exit_code = 1  # of the command that ends with it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalOptions:

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.config import ConfigError, apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
-from workloads.data.loading.sample_plan import PlanError
-from workloads.data.store.manifest import DataError
+from workloads.config import apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
 from workloads.discovery.components import FeaturesError
+from workloads.errors import ConfigError, DataError
 from workloads.evaluation.one_shot import OneShotRunConfig, one_shot
 from workloads.loops.discovery.finish import DiscoveryError, discover
 from workloads.loops.discovery.job import DiscoverConfig
@@ -109,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _FAILURES as error:
         _LOG.error("%s", error)
         return 1
-    except (ConfigError, DataError, PlanError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         _LOG.error("%s", error)
         return 2
 

@@ -25,11 +25,9 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, TypeAdapter
 
+from workloads.errors import ConfigError
+
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """What the user asked for is wrong; the message names the dotted key and how to mend it."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(pydantic.Field, dataclasses.field))

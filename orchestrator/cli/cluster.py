@@ -20,7 +20,7 @@ Where = Annotated[str, typer.Argument(help="local: on this machine, the only pla
 
 
 def _see_that_local(where: str) -> None:
-    from workloads.config import ConfigError
+    from workloads.errors import ConfigError
 
     if where != "local":
         raise ConfigError(f"{where}: only `local` is managed from here; `cluster render` writes files for others")
@@ -164,7 +164,7 @@ def cluster_render(
     """Write the files that bring up the machines which an experiment asks for; nothing is started, no secret is written."""
     with explained(debug):
         from orchestrator.experiments.load import load_experiment, load_sweep
-        from workloads.config import ConfigError
+        from workloads.errors import ConfigError
 
         if target not in ("kuberay", "aws"):
             raise ConfigError(f"{target}: give kuberay or aws")

@@ -37,7 +37,7 @@ Job = Annotated[str, typer.Argument(help="Submission id.")]
 def _client(address: str | None) -> Any:
     """A client of the cluster that is meant; with none named, of the one that `cluster up local` started."""
     from cluster.local import default_folder, find, processes
-    from workloads.config import ConfigError
+    from workloads.errors import ConfigError
 
     if address is None:
         address = os.environ.get("RAY_API_SERVER_ADDRESS")

@@ -125,7 +125,7 @@ def promote(
     with explained(debug):
         from orchestrator.results.promote import parse_gate, roll_back
         from orchestrator.results.promote import promote as promote_run
-        from workloads.config import ConfigError
+        from workloads.errors import ConfigError
 
         if rollback:
             if model is None:

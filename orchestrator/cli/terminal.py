@@ -7,22 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-_EXPLAINED = {
-    "CalibrationError",
-    "ClusterError",
-    "ComparisonError",
-    "DiscoveryError",
-    "EvaluationError",
-    "ExportError",
-    "FeaturesError",
-    "PromotionRefusedError",
-    "SubmitError",
-    "SweepError",
-    "TrackingError",
-    "TrainingError",
-}
-"""Errors whose message is a sentence for people."""
-
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys to override.")]
 Run = Annotated[str, typer.Argument(help="MLflow run id, or run name.")]
 TrackingUri = Annotated[
@@ -41,12 +25,10 @@ def explained(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        names = {cls.__name__ for cls in type(error).__mro__}
-        is_request = bool(names & {"ConfigError", "DataError", "PlanError"})
-        known = is_request or bool(names & _EXPLAINED)
+        code = getattr(error, "exit_code", None)  # of `UserError`, and of the clusters' own error
         text = " ".join(str(error).split())
-        typer.echo(f"error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}", err=True)
-        raise typer.Exit(2 if is_request else 1) from None
+        typer.echo(f"error: {text if code else f'{text or type(error).__name__} (--debug shows where)'}", err=True)
+        raise typer.Exit(code or 1) from None
 
 
 def console() -> Any:

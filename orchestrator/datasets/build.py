@@ -33,7 +33,8 @@ from workloads.data.build.shards import (
 )
 from workloads.data.build.sources import list_source
 from workloads.data.store.manifest import MANIFEST_NAME, Manifest
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
+from workloads.errors import DataError
+from workloads.storage.filesystems import read_bytes, resolve_uri
 
 Progress = Callable[[int, int], None]
 

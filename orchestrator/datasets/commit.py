@@ -17,7 +17,8 @@ from workloads.data.build.shards import (
     ShardResult,
 )
 from workloads.data.store.manifest import MANIFEST_NAME, REJECTS_NAME, ROW_GROUPS_NAME, FileEntry, Manifest, RowGroups
-from workloads.storage.filesystems import DataError, resolve_uri
+from workloads.errors import DataError
+from workloads.storage.filesystems import resolve_uri
 
 
 def assemble(

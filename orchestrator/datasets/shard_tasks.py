@@ -18,7 +18,8 @@ from workloads.data.build.shards import (
     write_shard,
 )
 from workloads.data.build.sources import column_reader, source_reader
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri, with_retries
+from workloads.errors import DataError
+from workloads.storage.filesystems import read_bytes, resolve_uri, with_retries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from workloads.data.loading.decode import DecodeError, decode_image
 from workloads.data.store.manifest import Dataset, FileEntry, open_dataset
 from workloads.data.store.region_codec import PREFIX, RegionsError, decode_regions
-from workloads.storage.filesystems import DataError
+from workloads.errors import DataError
 
 Progress = Callable[[int, int], None]
 

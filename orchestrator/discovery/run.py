@@ -18,7 +18,8 @@ from orchestrator.storage.locks import hold
 from orchestrator.tracking.addresses import quiet_mlflow, run_address, without_secrets
 from orchestrator.tracking.header import CLAIM_TAG, RunHeader, dataset_label, git_tags, shown_params
 from orchestrator.tracking.sink import MlflowSink
-from workloads.config import ConfigError, flatten, to_yaml
+from workloads.config import flatten, to_yaml
+from workloads.errors import ConfigError
 from workloads.loops.discovery.finish import finish
 from workloads.loops.discovery.job import Job, finished_record, prepare
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt
 
 from orchestrator.experiments.load import absolute_uri
-from workloads.config import ConfigError, apply_overrides, build, config, parse_overrides, read_yaml
+from workloads.config import apply_overrides, build, config, parse_overrides, read_yaml
+from workloads.errors import ConfigError
 from workloads.loops.discovery.job import DiscoverConfig, MatchConfig
 from workloads.models.trunks import CheckpointTrunkConfig, SupervisedTrunkConfig, VitTrunkConfig
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from workloads.config import ConfigError, config
+from workloads.config import config
+from workloads.errors import ConfigError
 
 Point = dict[str, Any]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml
+from workloads.config import apply_overrides, build, parse_overrides, read_yaml
+from workloads.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchestrator.experiments.spec import AnyExperiment

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from workloads.config import ConfigError, config
+from workloads.config import config
+from workloads.errors import ConfigError
 from workloads.loops.finetune import FinetuneConfig
 from workloads.spec.pretrain import PretrainConfig
 

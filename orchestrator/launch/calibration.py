@@ -14,13 +14,14 @@ from pathlib import Path
 
 from orchestrator.experiments.spec import AnyExperiment, command_of
 from workloads.config import to_yaml
+from workloads.errors import RunFailedError
 
 CALIBRATION_STEPS = 8
 _WARM_UP = 3  # of them: memory is touched and threads start
 _EVALUATED = 8  # images that the calibration evaluates
 
 
-class CalibrationError(Exception):
+class CalibrationError(RunFailedError):
     """The few measured steps did not end; the message has the reason."""
 
 

@@ -14,13 +14,13 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from orchestrator.tracking.addresses import without_secrets
-from workloads.config import ConfigError
+from workloads.errors import ConfigError, RunFailedError
 
 LEAST_RAY, LEAST_PYTHON = "2.60", "3.11"
 _TIMEOUT_S = (5.0, 30.0)  # to connect, to answer
 
 
-class SubmitError(RuntimeError):
+class SubmitError(RunFailedError):
     """The cluster does not take the job, or does not answer; the message says why."""
 
 

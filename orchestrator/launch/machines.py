@@ -14,7 +14,8 @@ from orchestrator.ray_support.spare_processes import importing
 from orchestrator.runs.identity import run_name
 from orchestrator.sweeps.run import sweep_name
 from orchestrator.tracking.addresses import is_server, without_secrets
-from workloads.config import ConfigError, to_yaml
+from workloads.config import to_yaml
+from workloads.errors import ConfigError
 
 _GIB_PER_CPU, _LEAST_GIB = 2, 6
 _ROOM = 1.5  # over what was measured: Ray's own processes, the object store, fragmentation

@@ -139,7 +139,7 @@ def plan_sweep(
     """As `plan_run`, for a trial and for a run at full length.
 
     Raises:
-        ConfigError, DataError, PlanError: what `sweep` would refuse too.
+        ConfigError, DataError: what `sweep` would refuse too.
         CalibrationError: the measured steps failed.
     """
     from orchestrator.sweeps.checks import check_sweep
@@ -165,7 +165,7 @@ def plan_run(experiment: AnyExperiment, *, calibrate: bool = True, price: tuple[
         price: least and most for one worker's hour.
 
     Raises:
-        ConfigError, DataError, PlanError: what `train` would refuse too.
+        ConfigError, DataError: what `train` would refuse too.
         CalibrationError: the measured steps failed.
     """
     scaling = experiment.scaling

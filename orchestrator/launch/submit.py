@@ -24,7 +24,8 @@ from orchestrator.ray_support import credentials
 from orchestrator.ray_support.session import RESUBMITTED, uses_s3
 from orchestrator.runs.identity import run_name
 from orchestrator.tracking.addresses import without_secrets
-from workloads.config import ConfigError, config_hash, to_yaml
+from workloads.config import config_hash, to_yaml
+from workloads.errors import ConfigError
 
 _PACKAGES = ("orchestrator", "workloads", "cluster")
 _LARGEST_MIB = 90.0  # Ray refuses a working directory of 100 MiB

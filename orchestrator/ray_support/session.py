@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.experiments.spec import AnyExperiment, places_read
 from orchestrator.ray_support import credentials
 from orchestrator.ray_support.spare_processes import importing
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 RESUBMITTED = "ORCHESTRATOR_RESUBMITTED"
 """Variable of a job that was submitted again after the first was lost, perhaps to a new head whose nodes have yet to join."""

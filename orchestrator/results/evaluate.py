@@ -12,10 +12,11 @@ from orchestrator.tracking.header import dataset_label
 from orchestrator.tracking.lookup import find_run, open_tracking
 from orchestrator.tracking.model import fetch_weights
 from orchestrator.tracking.sink import MUST_AGREE_TOLERANCE
-from workloads.config import ConfigError, apply_overrides, build, parse_overrides, read_yaml, to_dict
+from workloads.config import apply_overrides, build, parse_overrides, read_yaml, to_dict
+from workloads.errors import ConfigError, RunFailedError
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(RunFailedError):
     """The run has no model that could be evaluated, or the figures contradict those it has."""
 
 

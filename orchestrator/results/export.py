@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.results.evaluate import EvaluationError
 from orchestrator.tracking.lookup import find_run, open_tracking
 from orchestrator.tracking.model import fetch_model, fetch_weights
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 from workloads.serving.export import FORMATS, Format, export_checkpoint
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from orchestrator.tracking.lookup import find_run, open_tracking
-from workloads.config import ConfigError, build
+from workloads.config import build
+from workloads.errors import ConfigError, RunFailedError
 from workloads.evaluation.tables import hits_of
 from workloads.metrics.grid_accuracy import GridAccuracyConfig, paired_difference
 
@@ -38,7 +39,7 @@ _LINEAGE = (
 _PREVIOUS, _ROLLED_BACK = "promotion.previous", "promotion.rolled_back"
 
 
-class PromotionRefusedError(RuntimeError):
+class PromotionRefusedError(RunFailedError):
     """The model is not promoted; the message lists the reasons."""
 
 

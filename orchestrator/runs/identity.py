@@ -14,8 +14,9 @@ from orchestrator.experiments.spec import AnyExperiment
 from orchestrator.experiments.sweep_spec import SweepExperiment
 from orchestrator.storage.locks import hold
 from orchestrator.storage.object_store import HeldError
-from workloads.config import ConfigError, config_hash, flatten
-from workloads.data.store.manifest import DataError, open_dataset, resolve_uri
+from workloads.config import config_hash, flatten
+from workloads.data.store.manifest import open_dataset, resolve_uri
+from workloads.errors import ConfigError, DataError
 
 T = TypeVar("T")
 

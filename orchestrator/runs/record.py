@@ -10,7 +10,7 @@ from orchestrator.ray_support.errors import sentence
 from orchestrator.runs.identity import Run, begun_run
 from orchestrator.runs.journal import JournalReader, Record, parse_journal
 from orchestrator.runs.journal_archive import JournalArchive, read_segments
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 
 def recorded(experiment: AnyExperiment) -> list[Record]:

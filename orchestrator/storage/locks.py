@@ -9,7 +9,8 @@ import pyarrow.fs as pafs
 
 from orchestrator.storage import object_store
 from orchestrator.storage.object_store import HeldError
-from workloads.storage.filesystems import DataError, resolve_uri
+from workloads.errors import DataError
+from workloads.storage.filesystems import resolve_uri
 
 _NAME = "_lock"
 

@@ -11,7 +11,8 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from workloads.storage.filesystems import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, DataError
+from workloads.errors import DataError
+from workloads.storage.filesystems import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S
 
 LOCK_TTL_S = 20.0
 """A lock that was not renewed for so long belongs to a process that died."""

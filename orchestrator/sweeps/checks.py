@@ -13,8 +13,8 @@ from orchestrator.experiments.sweep_spec import (
 )
 from orchestrator.sweeps.stages import Stage, search_stage
 from orchestrator.training.run import check_request
-from workloads.config import ConfigError
 from workloads.data.store.manifest import open_dataset
+from workloads.errors import ConfigError
 
 _FIXED_SECTIONS = ("evaluation", "tracking", "storage", "failure", "scaling")
 """Sections that are not searched: the ruler must not change with what it measures, the rest does not change the result."""
@@ -24,7 +24,7 @@ def check_sweep(experiment: SweepExperiment) -> list[Point] | None:
     """Everything that can be known to fail before anything starts; the points, where the searcher knows them before.
 
     Raises:
-        ConfigError, DataError, PlanError: with the key or path.
+        ConfigError, DataError: with the key or path.
     """
     settings = experiment.sweep
     for key in settings.space:

@@ -8,12 +8,13 @@ import numpy as np
 from orchestrator.runs.identity import begun_run
 from orchestrator.sweeps.leaderboard import Trial
 from orchestrator.sweeps.stages import Stage
+from workloads.errors import RunFailedError
 from workloads.evaluation.tables import hits_of
 from workloads.metrics.grid_accuracy import SUITES, paired_difference
 from workloads.storage.filesystems import read_bytes
 
 
-class ComparisonError(RuntimeError):
+class ComparisonError(RunFailedError):
     """Two runs cannot be compared; the message says why."""
 
 

@@ -26,8 +26,8 @@ from orchestrator.sweeps.record import SweepRecord
 from orchestrator.sweeps.stages import Stage, final_stage, search_stage
 from orchestrator.sweeps.tuning import SweepError, SweepStoppedError, prepare_tune, tune_trials
 from orchestrator.tracking.addresses import tracking_uri
-from workloads.config import ConfigError, config_hash, to_dict
-from workloads.data.store.manifest import DataError
+from workloads.config import config_hash, to_dict
+from workloads.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def sweep(experiment: SweepExperiment, *, console: Any, resume: bool = False, de
     """Run the search to its end, or continue it.
 
     Raises:
-        ConfigError, DataError, PlanError: the request cannot work; nothing was started.
+        ConfigError, DataError: the request cannot work; nothing was started.
         SweepError: no trial ended well, or it was told to stop.
         ComparisonError: a run at full length failed; resumed, it is tried again.
     """

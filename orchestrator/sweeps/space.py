@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.experiments.domains import ChoiceConfig, DomainConfig, GridConfig, Point
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 _REDRAWS = 200  # of a point that was drawn before, as happens in small discrete spaces
 

@@ -18,7 +18,7 @@ from orchestrator.sweeps.progress import Deadline, SweepProgress
 from orchestrator.sweeps.record import SweepRecord
 from orchestrator.sweeps.stages import BUDGET, POINT, SCORE, Stage, score_of
 from orchestrator.sweeps.trial import run_trial
-from workloads.config import ConfigError
+from workloads.errors import ConfigError, RunFailedError
 
 _TUNE = {
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # what Tune knows is at most so much older than its driver's death
@@ -29,7 +29,7 @@ _TUNE = {
 }
 
 
-class SweepError(RuntimeError):
+class SweepError(RunFailedError):
     """The sweep ended without a result; the message says why."""
 
 

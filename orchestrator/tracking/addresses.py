@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from orchestrator.experiments.spec import AnyExperiment
-from workloads.config import ConfigError
+from workloads.errors import ConfigError, RunFailedError
 
 
-class TrackingError(RuntimeError):
+class TrackingError(RunFailedError):
     """The tracking server does not do what the run needs of it."""
 
 

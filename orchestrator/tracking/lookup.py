@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.tracking.addresses import quiet_mlflow
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 
 def open_tracking(tracking_uri: str | None) -> Any:

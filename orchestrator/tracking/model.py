@@ -103,7 +103,7 @@ def fetch_model(uri: str, *, client: Any, folder: Path) -> tuple[str, Path]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    from workloads.config import ConfigError
+    from workloads.errors import ConfigError
 
     name, _, alias = uri.removeprefix("models:/").partition("@")
     try:

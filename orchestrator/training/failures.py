@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.ray_support.errors import died_at_birth, sentence, worker_cause
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 Kind = Literal["request", "deterministic", "stopped", "store", "node", "worker", "resources", "controller", "unknown"]
 """What failed: the request itself; the same way twice; nothing, it was told to stop; the object store; a node with its
@@ -99,12 +99,11 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
     from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayError, WorkerCrashedError
     from ray.train import ControllerError
 
-    from workloads.data.loading.sample_plan import PlanError
-    from workloads.data.store.manifest import DataError
+    from workloads.errors import DataError, StoreUnavailableError
     from workloads.loops.meter import NonFiniteLossError
     from workloads.loops.steps import RunStoppedError
     from workloads.storage.checkpoint import CheckpointError
-    from workloads.storage.filesystems import StoreUnavailableError, is_outage
+    from workloads.storage.filesystems import is_outage
 
     text = str(cause)
     match cause:
@@ -112,7 +111,7 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
             return "stopped"
         case StoreUnavailableError():
             return "store"
-        case ConfigError() | PlanError():
+        case ConfigError():
             return "request"
         case DataError() | CheckpointError() | NonFiniteLossError():
             return "deterministic"

@@ -31,7 +31,7 @@ from orchestrator.tracking.addresses import (
 from orchestrator.tracking.header import run_header
 from orchestrator.tracking.sink import MlflowSink
 from orchestrator.training.session import Session, Stopwatch, TrainingError, TrainOutcome
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchestrator.training.attempts import Attempts
@@ -55,7 +55,7 @@ def train(
         callbacks: Ray Train's, called in the controller at every report.
 
     Raises:
-        ConfigError, DataError, PlanError: the request cannot work; nothing was started.
+        ConfigError, DataError: the request cannot work; nothing was started.
         TrainingError: the run failed.
     """
     with watch.phase("preflight"):

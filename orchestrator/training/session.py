@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.experiments.spec import AnyExperiment
 from orchestrator.runs.identity import Run
 from orchestrator.tracking.sink import MlflowSink
+from workloads.errors import RunFailedError
 from workloads.storage.checkpoint_store import CheckpointStore
 
 if TYPE_CHECKING:
     from orchestrator.training.attempts import Attempts
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunFailedError):
     """The run failed; the message says why in one sentence."""
 
 

@@ -16,7 +16,7 @@ from orchestrator.cli.app import run
 from orchestrator.experiments.load import load_experiment
 from orchestrator.launch.machines import request_of
 from tests.places import SHARED_DATA
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 CRDS = SHARED_DATA / "kuberay"
 

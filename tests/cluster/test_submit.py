@@ -27,7 +27,7 @@ from orchestrator.ray_support import credentials
 from tests.cluster.conftest import everything_written, orchestrator
 from tests.orchestrator.conftest import write_experiment
 from tests.s3_peer import free_port
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(600)
 

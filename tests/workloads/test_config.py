@@ -3,7 +3,6 @@
 import pytest
 
 from workloads.config import (
-    ConfigError,
     apply_overrides,
     build,
     config_hash,
@@ -15,6 +14,7 @@ from workloads.config import (
     to_yaml,
     valid_keys,
 )
+from workloads.errors import ConfigError
 from workloads.spec.pretrain import PretrainConfig
 
 LEAST = {"data": {"uri": "somewhere"}}

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workloads.errors import RunFailedError
 
-class FeaturesError(ValueError):
+
+class FeaturesError(RunFailedError):
     """Features from which no box can be found; the message says what is wrong with them."""
 
 

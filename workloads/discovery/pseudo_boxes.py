@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workloads.data.store.objects import AGNOSTIC, BOXES_SCHEMA
-from workloads.storage.filesystems import DataError, put_bytes, read_bytes, resolve_uri
+from workloads.errors import DataError
+from workloads.storage.filesystems import put_bytes, read_bytes, resolve_uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

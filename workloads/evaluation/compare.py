@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from workloads.config import ConfigError, build, config_hash, read_yaml
+from workloads.config import build, config_hash, read_yaml
+from workloads.errors import ConfigError
 from workloads.metrics.representation import paired_gain
 from workloads.spec.factory import build_objective, render_views
 from workloads.spec.pretrain import PretrainConfig

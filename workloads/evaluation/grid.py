@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from workloads.config import ConfigError, config_hash, to_dict
+from workloads.config import config_hash, to_dict
 from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import Dataset, open_dataset
+from workloads.errors import ConfigError
 from workloads.evaluation.representation import RepresentationEvaluation
 from workloads.metrics import grid_accuracy
 from workloads.metrics.grid_accuracy import SUITES, GridModel

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from workloads.config import ConfigError, config, config_hash, to_dict
+from workloads.config import config, config_hash, to_dict
 from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
-from workloads.data.store.manifest import DataError, Dataset, open_dataset
+from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.objects import Objects, read_objects
+from workloads.errors import ConfigError, DataError
 from workloads.metrics.grid_accuracy import GridModel
 from workloads.metrics.one_shot import OneShotConfig, Query, TrunkMatcher, measure, summarize
 from workloads.metrics.retrieval import Region, gallery_queries, most_similar

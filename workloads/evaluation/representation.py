@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from workloads.config import ConfigError
 from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.views.counter_random import text_keys
+from workloads.errors import ConfigError
 from workloads.metrics import representation
 from workloads.metrics.representation import Features, RepresentationConfig, Split
 from workloads.models.backbone import imagenet_normalized

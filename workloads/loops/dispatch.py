@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workloads.config import ConfigError, apply_overrides, build, read_yaml
+from workloads.config import apply_overrides, build, read_yaml
+from workloads.errors import ConfigError
 from workloads.evaluation.grid import evaluate
 from workloads.loops.finetune import FinetuneConfig, evaluate_detector, finetune
 from workloads.loops.finetune import preflight as finetune_preflight
@@ -60,7 +61,7 @@ def preflight(settings: LoopConfig, world_size: int) -> Preflight:
     """Check all of a request that can be checked without starting it.
 
     Raises:
-        ConfigError, DataError, PlanError: one sentence with the key or path.
+        ConfigError, DataError: one sentence with the key or path.
     """
     match settings:
         case PretrainConfig():

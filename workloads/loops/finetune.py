@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from workloads.config import ConfigError, build, config, config_hash, parse_yaml
+from workloads.config import build, config, config_hash, parse_yaml
 from workloads.data.loading.loaders import TrainLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.loading.subset_plan import SubsetPlan
@@ -24,6 +24,7 @@ from workloads.data.store.objects import (
 )
 from workloads.data.views.counter_random import stream
 from workloads.data.views.detection import DetectionViews, DetectionViewsConfig, make_detection_views
+from workloads.errors import ConfigError, DataError
 from workloads.evaluation.detection import DetectionEvaluation, DetectionEvaluationConfig
 from workloads.loops.steps import Preflight, Training, run_steps
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Trunk
@@ -32,7 +33,7 @@ from workloads.models.trunks import RandomTrunkConfig, ResNetTrunkConfig, load_r
 from workloads.parallel.runtime import Runtime
 from workloads.spec.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
 from workloads.storage.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, read_meta
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
+from workloads.storage.filesystems import read_bytes, resolve_uri
 from workloads.types import ImageBatch
 
 
@@ -149,7 +150,7 @@ def preflight(settings: FinetuneConfig, world_size: int) -> Preflight:
     """Check all of a request that can be checked without starting it.
 
     Raises:
-        ConfigError, DataError, PlanError: one sentence with the key or path.
+        ConfigError, DataError: one sentence with the key or path.
     """
     labelled = _open(settings)
     if world_size > labelled.plan.lanes:
@@ -212,7 +213,7 @@ def finetune(settings: FinetuneConfig, runtime: Runtime) -> dict[str, float]:
     """Run or continue the run that `settings` describe; returns the last evaluation's figures and `train/loss`.
 
     Raises:
-        ConfigError, DataError, PlanError: the request cannot work.
+        ConfigError, DataError: the request cannot work.
         CheckpointError: the newest checkpoint belongs to another config or dataset, or is damaged.
         NonFiniteLossError: the loss is NaN or infinite.
         RunStoppedError: the run was asked to stop.

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from workloads.data.loading.loaders import TrainLoader
+from workloads.errors import RunFailedError
 from workloads.parallel.distributed import sum_over_ranks
 from workloads.types import ImageBatch
 
 
-class NonFiniteLossError(Exception):
+class NonFiniteLossError(RunFailedError):
     """The loss became NaN or infinite; the message names the step, the images and the last good checkpoint."""
 
 

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from workloads.config import ConfigError, config_hash
+from workloads.config import config_hash
 from workloads.data.loading.loaders import TrainLoader
 from workloads.data.loading.sample_plan import SamplePlan
 from workloads.data.loading.upload import Upload
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.row_groups import check_regions
+from workloads.errors import ConfigError
 from workloads.evaluation.grid import check_measurable, evaluations_of
 from workloads.evaluation.representation import RepresentationEvaluation
 from workloads.loops.steps import Preflight, Training, run_steps
@@ -27,7 +28,7 @@ def preflight(settings: PretrainConfig, world_size: int) -> Preflight:
     """Check all of a request that can be checked without starting it.
 
     Raises:
-        ConfigError, DataError, PlanError: one sentence with the key or path.
+        ConfigError, DataError: one sentence with the key or path.
     """
     dataset, plan = _open(settings)
     if world_size > plan.lanes:
@@ -93,7 +94,7 @@ def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
     """Run or continue the run that `settings` describe; returns the last evaluation's figures and `train/loss`.
 
     Raises:
-        ConfigError, DataError, PlanError: the request cannot work.
+        ConfigError, DataError: the request cannot work.
         CheckpointError: the newest checkpoint belongs to another config or dataset, or is damaged.
         NonFiniteLossError: the loss is NaN or infinite.
         RunStoppedError: the run was asked to stop.

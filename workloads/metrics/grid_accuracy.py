@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from workloads.config import ConfigError, config
+from workloads.config import config
 from workloads.data.views.cells import cell_of, cells_inside, centers_inside, one_hot_cell
 from workloads.data.views.counter_random import stream, text_keys
 from workloads.data.views.crops import JitterConfig, ViewsConfig, render_views
+from workloads.errors import ConfigError
 from workloads.metrics.bootstrap import interval, ratio
 from workloads.types import FeaturePyramid, ImageBatch, Views
 

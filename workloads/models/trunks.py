@@ -7,11 +7,12 @@ import torch
 import torchvision
 from pydantic import Field
 
-from workloads.config import ConfigError, build, config, parse_yaml
+from workloads.config import build, config, parse_yaml
+from workloads.errors import ConfigError, DataError
 from workloads.models.backbone import BackboneConfig, Trunk, make_trunk
 from workloads.models.vit import VitConfig, VitTrunk
 from workloads.storage.checkpoint import CONFIG, CheckpointError, read_checkpoint
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
+from workloads.storage.filesystems import read_bytes, resolve_uri
 
 
 @config

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from workloads.config import ConfigError, config
+from workloads.config import config
+from workloads.errors import ConfigError
 
 VitName = Literal["vit_tiny", "vit_small", "vit_small_dino"]
 

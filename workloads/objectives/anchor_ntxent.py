@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.config import ConfigError, config
+from workloads.config import config
 from workloads.data.views.cells import cell_centers, cell_of, centers_inside, one_hot_cell
 from workloads.data.views.counter_random import stream, uniform
+from workloads.errors import ConfigError
 from workloads.models.backbone import STAGES, BackboneConfig, Stage, Trunk, embedding_norm, imagenet_normalized
 from workloads.models.fpn import STRIDES, Pyramid
 from workloads.models.heads import Projector

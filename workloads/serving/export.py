@@ -15,7 +15,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from workloads.config import ConfigError, to_dict
+from workloads.config import to_dict
+from workloads.errors import ConfigError, RunFailedError
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, STAGES, Trunk, norm_layer
 from workloads.models.fpn import Pyramid
 from workloads.serving.model_card import write_card
@@ -29,7 +30,7 @@ _TOLERANCE = 1e-4
 _CHECKED = ((1, 64, 64), (2, 96, 64), (3, 224, 224))  # (batch, height, width)
 
 
-class ExportError(Exception):
+class ExportError(RunFailedError):
     """A file does not give what the trunk gives, or cannot be written; the message says which."""
 
 

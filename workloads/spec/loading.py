@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
-from workloads.config import ConfigError, build, read_yaml
+from workloads.config import build, read_yaml
+from workloads.errors import ConfigError, DataError
 from workloads.models.trunks import load_trunk
 from workloads.spec.factory import AnyObjective, build_objective
 from workloads.spec.pretrain import PretrainConfig
 from workloads.storage.checkpoint import CONFIG, CheckpointError, read_checkpoint
-from workloads.storage.filesystems import DataError, resolve_uri
+from workloads.storage.filesystems import resolve_uri
 
 
 def load_initial_weights(objective: torch.nn.Module, uri: str, *, device: torch.device) -> None:

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from workloads.config import ConfigError, apply_overrides, build, config, read_yaml
+from workloads.config import apply_overrides, build, config, read_yaml
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.views.crops import ViewsConfig
 from workloads.data.views.pairs import PairViewsConfig
+from workloads.errors import ConfigError
 from workloads.metrics.grid_accuracy import GridAccuracyConfig
 from workloads.metrics.representation import RepresentationConfig
 from workloads.models.backbone import BackboneConfig

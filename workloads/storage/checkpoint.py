@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 import torch
 from torch import nn
 
+from workloads.errors import RunFailedError
 from workloads.storage.filesystems import read_bytes
 
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
@@ -26,7 +27,7 @@ _LOCAL = pafs.LocalFileSystem()
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(Exception):
+class CheckpointError(RunFailedError):
     """A checkpoint cannot be written or used; the message names the folder and why."""
 
 

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
+from workloads.errors import DataError
+
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
@@ -28,14 +30,6 @@ _FINAL = re.compile(
     r"HTTP status 40[0134]|ACCESS_DENIED|NO_SUCH_(BUCKET|KEY)|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
     r"|RESOURCE_NOT_FOUND|Path does not exist|Not a regular file|[Cc]ould ?n.t resolve host",
 )
-
-
-class DataError(Exception):
-    """The data is not what it should be; the message names the file or row and how to mend it."""
-
-
-class StoreUnavailableError(DataError):
-    """The store did not answer for as long as one read may take; a later try may succeed."""
 
 
 def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:

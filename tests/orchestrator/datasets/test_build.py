@@ -18,7 +18,7 @@ from orchestrator.datasets import build as ingest
 from orchestrator.datasets.build import build_dataset, build_parts
 from tests.places import ROOT
 from tests.workloads.data.images import encoded, make_folder, picture
-from workloads.config import ConfigError, build
+from workloads.config import build
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import (
     CaltechSourceConfig,
@@ -28,7 +28,8 @@ from workloads.data.build.sources import (
     VocSourceConfig,
 )
 from workloads.data.store.annotations import read_annotations
-from workloads.data.store.manifest import DataError, Manifest, open_dataset
+from workloads.data.store.manifest import Manifest, open_dataset
+from workloads.errors import ConfigError, DataError
 
 
 def folder_build(source: Path, output: Path, **options) -> BuildConfig:

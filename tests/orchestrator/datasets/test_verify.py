@@ -7,10 +7,9 @@ from orchestrator.datasets.build import build_dataset
 from orchestrator.datasets.stats import dataset_stats, draw_stats, log_stats
 from orchestrator.datasets.verify import verify_dataset
 from tests.workloads.data.images import make_folder
-from workloads.config import ConfigError
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
-from workloads.storage.filesystems import DataError
+from workloads.errors import ConfigError, DataError
 
 
 @pytest.fixture

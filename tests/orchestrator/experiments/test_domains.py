@@ -9,7 +9,8 @@ import pytest
 
 from orchestrator.experiments.domains import DomainConfig, override_space, take_dotted
 from orchestrator.sweeps.space import SearchSpace
-from workloads.config import ConfigError, build, config
+from workloads.config import build, config
+from workloads.errors import ConfigError
 
 DOMAINS = {
     "objective.temperature": {"kind": "loguniform", "low": 0.01, "high": 1.0},

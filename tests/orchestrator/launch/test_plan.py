@@ -13,7 +13,7 @@ from orchestrator.experiments.load import load_experiment, load_sweep
 from orchestrator.experiments.spec import ScalingConfig
 from orchestrator.launch.calibration import Calibration, CalibrationError
 from orchestrator.launch.plan import plan_run, plan_sweep, resource_request
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 from workloads.spec.factory import build_objective
 
 

@@ -9,7 +9,7 @@ from orchestrator.experiments.spec import TrainExperiment
 from orchestrator.runs.identity import Run, hold_run
 from orchestrator.runs.identity import claim_run as claim
 from orchestrator.tracking.header import run_header
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 
 def claim_run(experiment: TrainExperiment, manifest_sha256: str = "0" * 64) -> Run:

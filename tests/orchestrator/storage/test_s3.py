@@ -16,8 +16,9 @@ from tests.workloads.data.loading.test_loaders import make_loader, make_plan, ta
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
 from workloads.data.store.manifest import open_dataset
+from workloads.errors import DataError
 from workloads.storage import filesystems
-from workloads.storage.filesystems import DataError, resolve_uri
+from workloads.storage.filesystems import resolve_uri
 
 boto3 = pytest.importorskip("boto3")
 

@@ -22,7 +22,7 @@ from orchestrator.sweeps.checks import check_sweep
 from orchestrator.sweeps.stages import search_stage
 from orchestrator.sweeps.tuning import _optuna
 from tests.orchestrator.conftest import write_experiment
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(600)
 

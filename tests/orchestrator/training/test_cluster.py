@@ -17,7 +17,7 @@ from orchestrator.experiments.load import load_experiment
 from orchestrator.ray_support.session import RESUBMITTED, check_resources
 from tests.orchestrator.conftest import write_experiment
 from tests.orchestrator.training.test_finetune import EXPERIMENT as DETECTOR
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]  # seven processes import torch before the first step
 

@@ -8,10 +8,9 @@ from ray.train import WorkerGroupError
 
 from orchestrator.ray_support.errors import worker_cause
 from orchestrator.training.failures import Decision, Failure, classify, decide
-from workloads.config import ConfigError
+from workloads.errors import ConfigError, DataError, StoreUnavailableError
 from workloads.loops.meter import NonFiniteLossError
 from workloads.loops.steps import RunStoppedError
-from workloads.storage.filesystems import DataError, StoreUnavailableError
 
 
 def failure(kind: str, *, step: int | None = None, saved: int = 0, at_s: float = 0.0, reason: str = "broke") -> Failure:

@@ -14,7 +14,7 @@ from orchestrator.experiments.load import find_experiment, list_experiments, loa
 from orchestrator.experiments.spec import FinetuneExperiment
 from orchestrator.launch.plan import plan_run
 from tests.workloads.data.images import encoded, picture
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 
 EXPERIMENT = """
 loop: finetune

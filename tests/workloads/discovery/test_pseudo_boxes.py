@@ -17,7 +17,7 @@ from workloads.discovery.pseudo_boxes import (
     write_coco_results,
     write_parquet,
 )
-from workloads.storage.filesystems import DataError
+from workloads.errors import DataError
 
 BOXES = FoundBoxes(
     image_ids=("17", "a", "17"),

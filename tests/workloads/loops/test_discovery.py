@@ -11,7 +11,7 @@ import torch
 from orchestrator.datasets.build import build_dataset
 from tests.workloads.data.images import encoded, picture
 from workloads.__main__ import main
-from workloads.config import ConfigError, apply_overrides, build, parse_overrides
+from workloads.config import apply_overrides, build, parse_overrides
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
 from workloads.data.store.annotations import read_annotations
@@ -19,6 +19,7 @@ from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import read_objects
 from workloads.discovery.components import FeaturesError
 from workloads.discovery.pseudo_boxes import read_boxes
+from workloads.errors import ConfigError
 from workloads.loops.discovery.finish import DiscoveryError, finish, read_parts
 from workloads.loops.discovery.job import DiscoverConfig, Job, prepare
 from workloads.loops.discovery.worker import PartWorker

@@ -10,8 +10,9 @@ import torch
 
 from tests.processes import run_on_ranks
 from workloads.__main__ import main
-from workloads.config import ConfigError, apply_overrides, build, parse_overrides, parse_yaml, to_yaml
+from workloads.config import apply_overrides, build, parse_overrides, parse_yaml, to_yaml
 from workloads.data.store.objects import BOXES_SCHEMA
+from workloads.errors import ConfigError, DataError
 from workloads.loops.dispatch import load_loop, run_loop
 from workloads.loops.finetune import FinetuneConfig, finetune, load_detector, preflight
 from workloads.loops.meter import NonFiniteLossError
@@ -19,7 +20,6 @@ from workloads.loops.pretrain import pretrain
 from workloads.parallel.runtime import LocalRuntime
 from workloads.spec.pretrain import PretrainConfig
 from workloads.storage.checkpoint import CheckpointError
-from workloads.storage.filesystems import DataError
 
 TINY = """
 loop: finetune

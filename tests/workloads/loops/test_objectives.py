@@ -8,9 +8,9 @@ from orchestrator.datasets.build import build_dataset
 from tests.workloads.data.images import make_folder
 from tests.workloads.loops.test_pretrain import Cut, newest, records, store_of
 from workloads.__main__ import main
-from workloads.config import ConfigError, apply_overrides, build, parse_overrides, parse_yaml
+from workloads.config import apply_overrides, build, parse_overrides, parse_yaml
 from workloads.data.build.shards import BuildConfig
-from workloads.data.store.manifest import DataError
+from workloads.errors import ConfigError, DataError
 from workloads.evaluation.compare import compare, read_run, table
 from workloads.loops.pretrain import preflight, pretrain
 from workloads.models.backbone import Trunk

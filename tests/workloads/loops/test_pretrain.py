@@ -14,10 +14,10 @@ from orchestrator.datasets.build import build_dataset
 from tests.processes import run_on_ranks
 from tests.workloads.data.images import make_folder
 from workloads.__main__ import main
-from workloads.config import ConfigError, apply_overrides, build, parse_overrides, to_yaml
+from workloads.config import apply_overrides, build, parse_overrides, to_yaml
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
-from workloads.data.store.manifest import DataError
+from workloads.errors import ConfigError, DataError
 from workloads.evaluation.grid import evaluate
 from workloads.loops.meter import NonFiniteLossError
 from workloads.loops.pretrain import preflight, pretrain

@@ -10,8 +10,8 @@ import torch
 from tests.oracles import grid_accuracy as oracle
 from tests.places import SHARED_DATA
 from tests.workloads.data.views.test_crops import batch_of
-from workloads.config import ConfigError
 from workloads.data.loading.decode import decode_batch
+from workloads.errors import ConfigError
 from workloads.metrics.bootstrap import interval
 from workloads.metrics.grid_accuracy import (
     MEAN_MAP,

@@ -6,7 +6,8 @@ from torchvision.models import resnet18
 from torchvision.ops import FeaturePyramidNetwork
 
 from tests.processes import run_on_ranks
-from workloads.config import ConfigError, build
+from workloads.config import build
+from workloads.errors import ConfigError
 from workloads.models.backbone import BackboneConfig, GlobalBatchNorm2d, Trunk
 from workloads.models.fpn import STRIDES, Pyramid
 from workloads.models.heads import Projector

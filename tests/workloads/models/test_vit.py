@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from workloads.config import ConfigError
+from workloads.errors import ConfigError
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, imagenet_normalized
 from workloads.models.vit import VitConfig, VitTrunk, load_vit_weights
 

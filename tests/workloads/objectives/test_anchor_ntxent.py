@@ -9,8 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.oracles import anchor_ntxent as oracle
 from tests.processes import run_on_ranks
-from workloads.config import ConfigError, build
+from workloads.config import build
 from workloads.data.views.cells import cell_of, cells_inside, centers_inside
+from workloads.errors import ConfigError
 from workloads.models.backbone import BackboneConfig
 from workloads.objectives.anchor_ntxent import (
     AnchorNTXent,

@@ -8,7 +8,8 @@ from torch import nn
 
 from tests.processes import run_on_ranks
 from tests.workloads.objectives.test_anchor_ntxent import part_of, views_of
-from workloads.config import ConfigError, build
+from workloads.config import build
+from workloads.errors import ConfigError
 from workloads.models.backbone import BackboneConfig
 from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
 from workloads.parallel.gradient_cache import backward_in_micro_batches

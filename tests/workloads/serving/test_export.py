@@ -11,7 +11,8 @@ import torch
 import workloads.examples
 from tests.workloads.data.images import picture
 from workloads.__main__ import main
-from workloads.config import ConfigError, build
+from workloads.config import build
+from workloads.errors import ConfigError
 from workloads.loops.finetune import FinetuneConfig
 from workloads.loops.pretrain import pretrain
 from workloads.models.backbone import BackboneConfig, Trunk

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from workloads.storage.filesystems import DataError, resolve_uri, with_retries
+from workloads.errors import DataError
+from workloads.storage.filesystems import resolve_uri, with_retries
 
 CACHE_BYTES = 1 << 30
 

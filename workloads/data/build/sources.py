@@ -15,7 +15,8 @@ from pydantic import Field
 
 from workloads.config import config
 from workloads.data.build.parquet_source import ParquetRows, list_parquet
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
+from workloads.errors import DataError
+from workloads.storage.filesystems import read_bytes, resolve_uri
 
 OBJECTS_TYPE = pa.list_(
     pa.struct(

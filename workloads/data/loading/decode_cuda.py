@@ -13,8 +13,8 @@ import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image
 from torch import Tensor
 
-from workloads.config import ConfigError
 from workloads.data.loading.decode import EXIF_ORIENTATION, MAX_PIXELS, DecodeError, Encoded, decode_image, shrink
+from workloads.errors import ConfigError
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}

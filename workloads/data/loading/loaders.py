@@ -10,7 +10,8 @@ import torch
 from workloads.data.loading.pipeline import DataConfig, Pipeline, Share
 from workloads.data.loading.sample_plan import SamplePlan
 from workloads.data.store.annotations import Annotations, read_annotations
-from workloads.data.store.manifest import DataError, Dataset
+from workloads.data.store.manifest import Dataset
+from workloads.errors import DataError
 from workloads.types import ImageBatch
 
 _log = logging.getLogger(__name__)

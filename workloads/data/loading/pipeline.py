@@ -15,12 +15,13 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from workloads.config import ConfigError, config
+from workloads.config import config
 from workloads.data.loading.decode import decode_batch, decode_regions_batch
 from workloads.data.loading.decode_cuda import cuda_device, decode_batch_on, nvjpeg
 from workloads.data.store.disk_cache import DiskCache
 from workloads.data.store.manifest import Dataset
 from workloads.data.store.row_groups import RowGroup, RowGroupReader
+from workloads.errors import ConfigError
 from workloads.types import ImageBatch
 
 _READ_AHEAD = 4

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from workloads.errors import ConfigError
+
 MAX_DEFAULT_LANES = 64
 BLOCK_GROUPS = 512
 WINDOW_GROUPS = 2
-
-
-class PlanError(ValueError):
-    """The numbers given cannot make a plan; the message names them and the fix."""
 
 
 def default_lanes(global_batch_size: int) -> int:
@@ -41,7 +39,7 @@ class SamplePlan:
         lanes: divides `global_batch_size`; None: its largest divisor not above 64.
 
     Raises:
-        PlanError: fewer images than one batch, or lanes that do not divide the batch.
+        ConfigError: fewer images than one batch, or lanes that do not divide the batch.
     """
 
     def __init__(
@@ -54,21 +52,21 @@ class SamplePlan:
         lanes: int | None = None,
     ) -> None:
         if global_batch_size < 1:
-            raise PlanError(f"global_batch_size={global_batch_size}: must be at least 1")
+            raise ConfigError(f"global_batch_size={global_batch_size}: must be at least 1")
         self.lanes = default_lanes(global_batch_size) if lanes is None else lanes
         if self.lanes < 1 or global_batch_size % self.lanes:
-            raise PlanError(
+            raise ConfigError(
                 f"lanes={self.lanes}: must divide global_batch_size={global_batch_size}; "
                 f"{default_lanes(global_batch_size)} would"
             )
         self._rows = np.ascontiguousarray(rows_per_group, dtype=np.int32)
         if len(self._rows) and int(self._rows.min()) < 1:
-            raise PlanError("rows_per_group: holds an empty row group; build the dataset again")
+            raise ConfigError("rows_per_group: holds an empty row group; build the dataset again")
         self.num_images = int(self._rows.sum(dtype=np.int64))
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = self.num_images // global_batch_size
         if not self.steps_per_epoch:
-            raise PlanError(
+            raise ConfigError(
                 f"global_batch_size={global_batch_size}: the dataset has only {self.num_images} images; "
                 "lower it or use more images"
             )
@@ -85,22 +83,22 @@ class SamplePlan:
         """The contiguous lanes of one rank.
 
         Raises:
-            PlanError: more ranks than lanes.
+            ConfigError: more ranks than lanes.
         """
         if world_size > self.lanes:
-            raise PlanError(
+            raise ConfigError(
                 f"{world_size} workers are more than the plan's {self.lanes} lanes; "
                 "raise global_batch_size (or lanes) or use fewer workers"
             )
         if not 0 <= rank < world_size:
-            raise PlanError(f"rank {rank}: must be in 0 … {world_size - 1}")
+            raise ConfigError(f"rank {rank}: must be in 0 … {world_size - 1}")
         return range(rank * self.lanes // world_size, (rank + 1) * self.lanes // world_size)
 
     def share(self, epoch: int, batch: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One rank's rows of one global batch, by ascending position: (positions, row_group, row_in_group), int64 (n,).
 
         Raises:
-            PlanError: no such batch or rank.
+            ConfigError: no such batch or rank.
         """
         lanes, first, per_lane = self._lanes_and_rows(batch, rank, world_size)
         rows = self._lane_rows(epoch, lanes, first, first + per_lane)
@@ -119,7 +117,7 @@ class SamplePlan:
     def _lanes_and_rows(self, batch: int, rank: int, world_size: int) -> tuple[range, int, int]:
         """A rank's lanes, and the first row and the number of rows that a batch takes of each lane."""
         if not 0 <= batch < self.steps_per_epoch:
-            raise PlanError(f"batch {batch}: an epoch has {self.steps_per_epoch}")
+            raise ConfigError(f"batch {batch}: an epoch has {self.steps_per_epoch}")
         per_lane = self.global_batch_size // self.lanes
         return self.lanes_of(rank, world_size), batch * per_lane, per_lane
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from workloads.data.loading.sample_plan import PlanError, SamplePlan
+from workloads.data.loading.sample_plan import SamplePlan
+from workloads.errors import ConfigError
 
 
 class SubsetPlan(SamplePlan):
@@ -15,7 +16,7 @@ class SubsetPlan(SamplePlan):
         selected: bool (images,), in the dataset's order.
 
     Raises:
-        PlanError: fewer selected images than one batch, or lanes that do not divide the batch.
+        ConfigError: fewer selected images than one batch, or lanes that do not divide the batch.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class SubsetPlan(SamplePlan):
         first = np.repeat(np.cumsum(rows_per_group) - rows_per_group, rows_per_group)
         self._in_group = (np.arange(len(selected)) - first)[selected]
         if not len(self._groups):
-            raise PlanError("no image has an object to train on; give boxes, or a dataset that was built with objects")
+            raise ConfigError(
+                "no image has an object to train on; give boxes, or a dataset that was built with objects"
+            )
         super().__init__(
             counts[self._groups],
             dataset_sha256=dataset_sha256,

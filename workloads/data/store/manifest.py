@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
+from workloads.errors import DataError
+from workloads.storage.filesystems import read_bytes, resolve_uri
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -13,7 +13,8 @@ from pyarrow.fs import FileSystem
 
 from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import Dataset
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
+from workloads.errors import DataError
+from workloads.storage.filesystems import read_bytes, resolve_uri
 
 AGNOSTIC = "object"
 """The one category of class-agnostic detection."""

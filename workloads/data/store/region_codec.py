@@ -5,13 +5,15 @@ import io
 import numpy as np
 from PIL import Image
 
+from workloads.errors import RunFailedError
+
 PREFIX = "regions_"
 """What the name of every column of regions begins with."""
 
 MOST_REGIONS = 65535  # what 16 bits hold
 
 
-class RegionsError(Exception):
+class RegionsError(RunFailedError):
     """A mask that was given cannot be used; the message says why."""
 
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from workloads.data.store.disk_cache import DiskCache
 from workloads.data.store.manifest import Dataset
 from workloads.data.store.region_codec import PREFIX
-from workloads.storage.filesystems import ATTEMPTS, DataError, StoreUnavailableError, is_outage, with_retries
+from workloads.errors import DataError, StoreUnavailableError
+from workloads.storage.filesystems import ATTEMPTS, is_outage, with_retries
 
 _OPEN_SHARDS = 256
 _COLUMNS = ["image.bytes", "image_id"]

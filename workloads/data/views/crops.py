@@ -7,9 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workloads.config import ConfigError, config
+from workloads.config import config
 from workloads.data.views.counter_random import stream, uniform
 from workloads.data.views.resampling import axis_weights, resample
+from workloads.errors import ConfigError
 from workloads.types import CropGeometry, ImageBatch, Views
 
 Share = Annotated[float, Field(ge=0, le=1)]

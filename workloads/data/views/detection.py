@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workloads.config import ConfigError, config
+from workloads.config import config
 from workloads.data.store.objects import Objects, PanopticMasks
 from workloads.data.views.counter_random import stream, uniform
+from workloads.errors import ConfigError
 from workloads.types import ImageBatch
 
 _MULTIPLE = 32  # of the canvas' sides, the deepest stage's stride

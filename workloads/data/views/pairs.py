@@ -7,12 +7,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workloads.config import ConfigError, config
+from workloads.config import config
 from workloads.data.views.cells import grid_regions, pool_regions, source_pixels
 from workloads.data.views.counter_random import stream, uniform
 from workloads.data.views.crops import Share, grey, jitter_colours
 from workloads.data.views.photometric import DRAWS, PhotometricConfig, change_colours
 from workloads.data.views.resampling import axis_weights, resample
+from workloads.errors import ConfigError
 from workloads.types import ImageBatch, PairGeometry, PairViews
 
 _BOX_DRAWS = 5  # area, aspect, left, top, mirrored

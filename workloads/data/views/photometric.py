@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from workloads.config import ConfigError, config
+from workloads.config import config
 from workloads.data.views.crops import JitterConfig, Share, grey, jitter_colours
+from workloads.errors import ConfigError
 
 DRAWS = 10
 """Draws from [0, 1) that one view takes."""

@@ -22,6 +22,7 @@ from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.objects import AGNOSTIC, Objects
 from workloads.discovery.clustering import cluster, cluster_names
 from workloads.discovery.pseudo_boxes import FoundBoxes, read_boxes, write_coco_results, write_parquet
+from workloads.errors import RunFailedError
 from workloads.loops.discovery.job import RECORD, DiscoverConfig, Job, Method, finished_record, prepare
 from workloads.loops.discovery.worker import PartWorker
 from workloads.metrics.average_precision import DetectionTable, Truth, average_precision
@@ -40,7 +41,7 @@ _FULL: list[np.ndarray] = [np.zeros((1, 1, 3), dtype=np.uint8)] * _CROPS_SHOWN  
 _log = logging.getLogger(__name__)
 
 
-class DiscoveryError(RuntimeError):
+class DiscoveryError(RunFailedError):
     """A discovery cannot be completed; the message says what is missing."""
 
 

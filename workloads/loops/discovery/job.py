@@ -13,20 +13,21 @@ import pyarrow.fs as pafs
 import torch
 from pydantic import Field, PositiveInt
 
-from workloads.config import ConfigError, config, to_dict
+from workloads.config import config, to_dict
 from workloads.data.store.manifest import open_dataset
 from workloads.discovery.baselines import CentreConfig, ClsAttentionConfig, FelzenszwalbConfig
 from workloads.discovery.clustering import ClustersConfig
 from workloads.discovery.lost import LostConfig
 from workloads.discovery.pseudo_boxes import read_boxes
 from workloads.discovery.tokencut import TokenCutConfig
+from workloads.errors import ConfigError, DataError
 from workloads.metrics.corloc import CorLocConfig
 from workloads.models import trunks
 from workloads.models.backbone import Trunk
 from workloads.models.trunks import CheckpointTrunkConfig, TrunkConfig, VitTrunkConfig
 from workloads.models.vit import VitTrunk
 from workloads.storage.checkpoint import CheckpointError, read_meta
-from workloads.storage.filesystems import DataError, read_bytes, resolve_uri
+from workloads.storage.filesystems import read_bytes, resolve_uri
 
 Method = Literal["lost", "tokencut", "cls_attention", "whole", "centre", "random", "felzenszwalb", "file", "detector"]
 NEEDS_TRUNK: tuple[Method, ...] = ("lost", "tokencut", "cls_attention")

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from workloads.config import ConfigError
 from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import open_dataset
@@ -23,6 +22,7 @@ from workloads.discovery.features import PatchExtractor, PatchFeatures, cells_to
 from workloads.discovery.lost import lost
 from workloads.discovery.pseudo_boxes import read_boxes
 from workloads.discovery.tokencut import tokencut
+from workloads.errors import ConfigError
 from workloads.loops.discovery.job import NEEDS_TRUNK, DiscoverConfig, Job, Method, trunk_of
 from workloads.loops.finetune import load_detector
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, imagenet_normalized

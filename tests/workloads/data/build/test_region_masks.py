@@ -22,9 +22,10 @@ from workloads.data.build.shards import BuildConfig
 from workloads.data.loading.loaders import TrainLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.loading.sample_plan import SamplePlan
-from workloads.data.store.manifest import DataError, open_dataset
+from workloads.data.store.manifest import open_dataset
 from workloads.data.store.region_codec import RegionsError, decode_regions, encode_regions, resize_regions
 from workloads.data.store.row_groups import check_regions
+from workloads.errors import DataError
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:

@@ -9,13 +9,13 @@ from PIL import Image
 
 from tests.workloads.data.images import encoded, picture
 from tests.workloads.data.loading.test_decode import exif
-from workloads.config import ConfigError
 from workloads.data.loading.decode import decode_batch
 from workloads.data.loading.decode_cuda import decode_batch_on, is_plain_jpeg, nvjpeg
 from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.loading.upload import Upload
 from workloads.data.store.manifest import Dataset
+from workloads.errors import ConfigError
 
 POOL = ThreadPoolExecutor(2)
 CPU = torch.device("cpu")

@@ -17,8 +17,9 @@ from workloads.data.loading.loaders import EvalLoader, TrainLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.loading.sample_plan import SamplePlan
 from workloads.data.store.annotations import read_annotations
-from workloads.data.store.manifest import DataError, Dataset, open_dataset
+from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.row_groups import RowGroupReader
+from workloads.errors import DataError
 from workloads.types import ImageBatch
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.oracles.sample_plan import epoch_order
 from workloads.data.loading import sample_plan
-from workloads.data.loading.sample_plan import PlanError, SamplePlan, default_lanes
+from workloads.data.loading.sample_plan import SamplePlan, default_lanes
+from workloads.errors import ConfigError
 
 SHA = "0f" * 32
 
@@ -181,7 +182,7 @@ def test_default_lanes(batch, lanes):
     ],
 )
 def test_numbers_that_cannot_work_are_refused_in_words(make, message):
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(ConfigError, match=message):
         make()
 
 

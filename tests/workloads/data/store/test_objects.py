@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from workloads.data.loading.sample_plan import PlanError, SamplePlan
+from workloads.data.loading.sample_plan import SamplePlan
 from workloads.data.loading.subset_plan import SubsetPlan
-from workloads.data.store.manifest import DataError, open_dataset
+from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import (
     AGNOSTIC,
     BOXES_SCHEMA,
@@ -18,6 +18,7 @@ from workloads.data.store.objects import (
     segment_ids,
     select_images,
 )
+from workloads.errors import ConfigError, DataError
 
 
 def write_boxes(path, rows):
@@ -136,7 +137,7 @@ def test_a_plan_over_all_rows_is_the_plan_itself():
 
 
 def test_nothing_to_train_on_is_said():
-    with pytest.raises(PlanError, match="no image has an object"):
+    with pytest.raises(ConfigError, match="no image has an object"):
         SubsetPlan(np.array([4]), np.zeros(4, dtype=bool), dataset_sha256="d", seed=0, global_batch_size=2)
-    with pytest.raises(PlanError, match="has only 3 images"):
+    with pytest.raises(ConfigError, match="has only 3 images"):
         SubsetPlan(np.array([4]), np.arange(4) < 3, dataset_sha256="d", seed=0, global_batch_size=4)

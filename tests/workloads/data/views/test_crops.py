@@ -4,10 +4,11 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as F
 
-from workloads.config import ConfigError, build
+from workloads.config import build
 from workloads.data.views.counter_random import stream, text_keys, uniform
 from workloads.data.views.crops import JitterConfig, ViewsConfig, jitter_colours, make_views
 from workloads.data.views.resampling import axis_weights, resample
+from workloads.errors import ConfigError
 from workloads.types import ImageBatch
 
 NO_JITTER = JitterConfig(share=0.0)

@@ -6,12 +6,13 @@ import torch
 from PIL import Image
 
 from tests.workloads.data.images import picture
-from workloads.config import ConfigError, build
+from workloads.config import build
 from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import Objects, read_objects, read_panoptic
 from workloads.data.views.detection import DetectionViews, DetectionViewsConfig, make_detection_views, size_in_view
+from workloads.errors import ConfigError
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workloads.types import ImageBatch
 

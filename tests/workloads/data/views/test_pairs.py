@@ -8,7 +8,7 @@ import torchvision.transforms.v2.functional as F
 
 from tests.oracles import detcon as oracle
 from tests.workloads.data.views.test_crops import batch_of
-from workloads.config import ConfigError, build
+from workloads.config import build
 from workloads.data.views.crops import JitterConfig
 from workloads.data.views.pairs import (
     ColumnRegionsConfig,
@@ -18,6 +18,7 @@ from workloads.data.views.pairs import (
     make_pair_views,
 )
 from workloads.data.views.photometric import PhotometricConfig, blur
+from workloads.errors import ConfigError
 from workloads.spec.pretrain import PretrainConfig
 
 PLAIN = PhotometricConfig(jitter=JitterConfig(share=0.0), grey=0.0, blur=(0.0, 0.0), solarise=(0.0, 0.0))
