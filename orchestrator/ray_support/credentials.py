@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from orchestrator.ray_support.private import KeyValueStore, in_submitted_job
+
 FILE = "job-credentials.json"
 
 _KEY = "ORCHESTRATOR_CREDENTIALS"  # variable that names the key under which they are
-_NAMESPACE = "orchestrator"
 _WAIT_S = 30.0
 _PASSED = ("AWS_", "MLFLOW_TRACKING_")
 _OPEN = (
@@ -72,7 +73,7 @@ def write(folder: Path, secret: Mapping[str, str]) -> None:
 def read() -> None:
     """In a submitted job's driver: take what its client left in the working directory, and leave nothing there."""
     path = Path(FILE)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and path.is_file():
+    if in_submitted_job() and path.is_file():
         os.environ.update(json.loads(path.read_text(encoding="utf-8"))["variables"])
         path.unlink()
 
@@ -84,20 +85,16 @@ def promise() -> tuple[dict[str, str], str]:
 
 def deliver(variables: Mapping[str, str], secret: Mapping[str, str]) -> None:
     """Put `secret` where processes with the promise's `variables` look for it."""
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(variables[_KEY], json.dumps(dict(secret)), namespace=_NAMESPACE)
+    KeyValueStore().put(variables[_KEY], json.dumps(dict(secret)))
 
 
 def fetch() -> None:
     """In a process of the job, before it has work: take what its driver delivered."""
     Path(FILE).unlink(missing_ok=True)  # every node unpacks the working directory
-    from ray.experimental.internal_kv import _internal_kv_get
-
     deadline = time.monotonic() + _WAIT_S  # Ray may start a process before the driver has delivered
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception):
-            kept = _internal_kv_get(os.environ[_KEY], namespace=_NAMESPACE)
+            kept = KeyValueStore().get(os.environ[_KEY])
             if kept:
                 os.environ.update(json.loads(kept))
                 return

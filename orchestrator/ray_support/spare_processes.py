@@ -9,13 +9,12 @@ as a Ray of our own is; elsewhere a spare saves the start of the process, but no
 """
 
 import contextlib
-import importlib
 import json
 import threading
-from typing import Any
+
+from orchestrator.ray_support.private import controller_variables, prestart_workers
 
 _KEPT_S = 24 * 3600
-_TIMEOUT_S = 10.0
 
 ROLE, WORKER = "ORCHESTRATOR_ROLE", "worker"
 
@@ -38,21 +37,15 @@ def order(count: int = 1, *, environment: str | None = None) -> None:
     import ray
 
     with contextlib.suppress(Exception):
-        _order(count, ray.get_runtime_context().get_runtime_env_string() if environment is None else environment)
+        wanted = ray.get_runtime_context().get_runtime_env_string() if environment is None else environment
+        prestart_workers(count, wanted, keep_s=_KEPT_S)
 
 
 def order_first(workers: int) -> None:
     """Order the first processes of a run, while its driver still has other things to do."""
     from ray.runtime_env import RuntimeEnv
-    from ray.train.v2._internal.constants import (
-        DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
-        RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
-        get_env_vars_to_propagate,
-    )
 
-    # What Ray Train gives its controller, and the controller's actors inherit.
-    told = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
-    inherited = get_env_vars_to_propagate() | told
+    inherited = controller_variables()
     order(2, environment=RuntimeEnv(env_vars=inherited).serialize())  # the controller, and what workers wait by
     workers_own = {"env_vars": inherited | WORKER_ENVIRONMENT["env_vars"]}
     # Nodes compare environments as text, and Ray writes one that is merged with its parent's without spaces.
@@ -64,25 +57,3 @@ def order_later(after_s: float = 0.0) -> None:
     timer = threading.Timer(after_s, order)
     timer.daemon = True
     timer.start()
-
-
-def _order(count: int, environment: str) -> None:
-    import ray
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import node_manager_pb2_grpc
-
-    messages: Any = importlib.import_module("ray.core.generated.node_manager_pb2")
-    context = ray.get_runtime_context()
-    mine = context.get_node_id()
-    node = next(node for node in ray.nodes() if node["NodeID"] == mine)
-    request = messages.PrestartWorkersRequest(
-        job_id=bytes.fromhex(context.get_job_id()),
-        num_workers=count,
-        keep_alive_duration_secs=_KEPT_S,
-    )
-    request.runtime_env_info.serialized_runtime_env = environment
-    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
-    try:
-        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_TIMEOUT_S)
-    finally:
-        channel.close()

@@ -10,12 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.preemption import PreemptionWatcher
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 
+from orchestrator.ray_support.private import (
+    ElasticScalingPolicy,
+    FailureDecision,
+    FailurePolicy,
+    FixedScalingPolicy,
+    PreemptionCallback,
+    PreemptionWatcher,
+    WorkerGroupCallback,
+)
 from orchestrator.ray_support.spare_processes import order_later
 from orchestrator.training.attempts import Attempts
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from orchestrator.ray_support.private import KeyValueStore
 from orchestrator.tracking.status import format_line
 
-_NAMESPACE = "orchestrator"
 _PERIOD_S = 0.5
 
 
@@ -40,32 +40,27 @@ class ProgressPublisher:
         self._thread.join(2.0)
 
     def _run(self) -> None:
-        from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
-
+        store = KeyValueStore()
         while True:
             stopping = self._stop.wait(_PERIOD_S)
             line, self._line = self._line, None
             if line is not None:
                 with contextlib.suppress(Exception):
-                    _internal_kv_put(self._key, json.dumps(line), namespace=_NAMESPACE)
+                    store.put(self._key, json.dumps(line))
             with contextlib.suppress(Exception):
-                self.stop_asked = self.stop_asked or _internal_kv_exists(self._stop_key, namespace=_NAMESPACE)
+                self.stop_asked = self.stop_asked or store.exists(self._stop_key)
             if stopping:
                 return
 
 
 def ask_to_stop(key: str) -> None:
     """The driver's word to the run `key`: save a checkpoint and end."""
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(f"stop/{key}", "1", namespace=_NAMESPACE)
+    KeyValueStore().put(f"stop/{key}", "1")
 
 
 def forget_stop(key: str) -> None:
     """Take the word back, so that the run can go on."""
-    from ray.experimental.internal_kv import _internal_kv_del
-
-    _internal_kv_del(f"stop/{key}", namespace=_NAMESPACE)
+    KeyValueStore().delete(f"stop/{key}")
 
 
 class ProgressWatcher:
@@ -95,11 +90,10 @@ class ProgressWatcher:
 
     def _newest(self) -> dict[str, Any] | None:
         import ray
-        from ray.experimental.internal_kv import _internal_kv_get
 
         if not ray.is_initialized():
             return None
-        text = _internal_kv_get(self._key, namespace=_NAMESPACE)
+        text = KeyValueStore().get(self._key)
         return json.loads(text) if text else None
 
     def _watch_bar(self) -> None:

@@ -1,9 +1,7 @@
 """`orchestrator train`: check the request, start Ray, fit, keep the record, continue what failed in passing."""
 
 import contextlib
-import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiments.spec import AnyExperiment
 from orchestrator.ray_support.errors import sentence, worker_cause
+from orchestrator.ray_support.private import submission_id
 from orchestrator.ray_support.session import is_trial, on_cluster, start_ray
 from orchestrator.ray_support.spare_processes import order_first
 from orchestrator.runs.delivery import JournalDrain
@@ -160,9 +159,8 @@ def _fit_and_record(session: Session) -> TrainOutcome:
 
 
 def _submission() -> dict[str, str]:
-    """By which id this process was submitted as a job, if it was."""
-    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
-    return {"ray.submission_id": told["job_submission_id"]} if "job_submission_id" in told else {}
+    submitted = submission_id()
+    return {"ray.submission_id": submitted} if submitted else {}
 
 
 def _outcome(run: Run, sink: MlflowSink, uri: str) -> TrainOutcome:

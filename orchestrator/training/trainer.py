@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.controller import TrainController
 
+from orchestrator.ray_support.private import TrainController
 from orchestrator.ray_support.session import is_trial, on_cluster
 from orchestrator.ray_support.spare_processes import WORKER_ENVIRONMENT
 from orchestrator.training.attempts import Attempts

@@ -1,0 +1,225 @@
+"""Imports every private name of Ray that this project uses, gives each a public wrapper, and checks them against the installed Ray.
+
+Nothing else in the project imports a private module of Ray. All names but those of `KeyValueStore` serve fast paths, which are
+optional: `fast_paths_hold()` is false for a Ray that `CHECKED_WITH` does not name or that lacks one of them, and runs then use
+Ray's public interfaces alone. Ray is imported where a name is used, because processes that need none of Ray Train import this.
+"""
+
+import functools
+import importlib
+import inspect
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback as PreemptionCallback
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback as WorkerGroupCallback
+    from ray.train.v2._internal.execution.controller import TrainController as TrainController
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision as FailureDecision
+    from ray.train.v2._internal.execution.failure_handling import FailurePolicy as FailurePolicy
+    from ray.train.v2._internal.execution.preemption import PreemptionWatcher as PreemptionWatcher
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy as ElasticScalingPolicy
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy as FixedScalingPolicy
+
+CHECKED_WITH = "2.60"
+"""The release of Ray whose private interfaces the fast paths were tested with."""
+
+_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateName:
+    """A private name, and what its users rely on."""
+
+    module: str
+    name: str  # in the module; a method as `Class.method`
+    parameters: tuple[str, ...] | None = None  # of the callable, in order; None: it only has to exist
+
+    def fault(self) -> str | None:
+        """What the installed Ray has otherwise, in one sentence; None if nothing."""
+        full = f"{self.module}.{self.name}"
+        try:
+            target: Any = functools.reduce(getattr, self.name.split("."), importlib.import_module(self.module))
+        except (ImportError, AttributeError):
+            return f"{full} is missing"
+        if self.parameters is None:
+            return None
+        has = tuple(inspect.signature(target).parameters)
+        return (
+            None if has == self.parameters else f"{full} takes ({', '.join(has)}), not ({', '.join(self.parameters)})"
+        )
+
+
+_TRAIN = "ray.train.v2._internal"
+_TRAINER = "ray.train.v2.api.data_parallel_trainer"
+
+FAST_PATHS = (
+    PrivateName(f"{_TRAIN}.execution.failure_handling", "FailureDecision.RETRY"),
+    PrivateName(f"{_TRAIN}.execution.failure_handling", "FailureDecision.RAISE"),
+    PrivateName(f"{_TRAIN}.execution.failure_handling", "FailurePolicy", ("failure_config",)),
+    PrivateName(
+        f"{_TRAIN}.execution.failure_handling", "FailurePolicy.make_decision", ("self", "training_failed_error")
+    ),
+    PrivateName(f"{_TRAIN}.execution.scaling_policy", "ElasticScalingPolicy", ("scaling_config",)),
+    PrivateName(f"{_TRAIN}.execution.scaling_policy", "ElasticScalingPolicy._get_reserved_resources", ("self",)),
+    PrivateName(f"{_TRAIN}.execution.scaling_policy", "FixedScalingPolicy", ("scaling_config",)),
+    PrivateName(f"{_TRAIN}.execution.scaling_policy", "FixedScalingPolicy._maybe_send_resource_request", ("self",)),
+    PrivateName(
+        f"{_TRAIN}.execution.scaling_policy",
+        "FixedScalingPolicy.after_controller_start",
+        ("self", "train_run_context"),
+    ),
+    PrivateName(
+        f"{_TRAIN}.execution.preemption",
+        "PreemptionWatcher",
+        ("node_to_ranks", "poll_interval_s", "worker_actors_by_rank"),
+    ),
+    PrivateName(f"{_TRAIN}.callbacks.preemption_callback", "PreemptionCallback", ()),
+    PrivateName(f"{_TRAIN}.callbacks.preemption_callback", "PreemptionCallback._stop_watcher", ("self",)),
+    PrivateName(
+        f"{_TRAIN}.execution.callback", "WorkerGroupCallback.after_worker_group_start", ("self", "worker_group")
+    ),
+    PrivateName(
+        f"{_TRAIN}.execution.controller",
+        "TrainController",
+        (
+            *("train_fn_ref", "train_run_context", "scaling_policy", "failure_policy", "callbacks"),
+            "validation_config",
+        ),
+    ),
+    PrivateName(f"{_TRAIN}.execution.controller", "TrainController.run", ("self",)),
+    PrivateName(f"{_TRAIN}.execution.controller", "TrainController.get_result", ("self",)),
+    PrivateName(_TRAINER, "DataParallelTrainer._create_default_callbacks", ("self",)),
+    PrivateName(_TRAINER, "DataParallelTrainer._initialize_and_run_controller", ("self", "controller_init_kwargs")),
+    PrivateName(_TRAINER, "DatasetsCallback"),
+    PrivateName(_TRAINER, "PlacementGroupCleanerCallback"),
+    PrivateName(f"{_TRAIN}.constants", "get_env_vars_to_propagate", ()),
+    PrivateName(f"{_TRAIN}.constants", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR"),
+    PrivateName(f"{_TRAIN}.constants", "DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE"),
+    PrivateName("ray._private.grpc_utils", "init_grpc_channel", ("address", "options", "asynchronous", "credentials")),
+    PrivateName("ray.core.generated.node_manager_pb2_grpc", "NodeManagerServiceStub", ("channel",)),
+    *(
+        PrivateName("ray.core.generated.node_manager_pb2", f"PrestartWorkersRequest.{field}_FIELD_NUMBER")
+        for field in ("JOB_ID", "NUM_WORKERS", "KEEP_ALIVE_DURATION_SECS", "RUNTIME_ENV_INFO")
+    ),
+)
+"""What the fast paths need."""
+
+KEY_VALUE_STORE = (
+    PrivateName("ray.experimental.internal_kv", "_internal_kv_get", ("key", "namespace")),
+    PrivateName("ray.experimental.internal_kv", "_internal_kv_put", ("key", "value", "overwrite", "namespace")),
+    PrivateName("ray.experimental.internal_kv", "_internal_kv_exists", ("key", "namespace")),
+    PrivateName("ray.experimental.internal_kv", "_internal_kv_del", ("key", "del_by_prefix", "namespace")),
+)
+"""What every run needs: its public counterpart, a named actor, costs a process."""
+
+
+def faults(names: tuple[PrivateName, ...] = FAST_PATHS) -> list[str]:
+    """In which ways the installed Ray differs from what is used of it, one sentence each."""
+    return [fault for name in names if (fault := name.fault()) is not None]
+
+
+def fast_paths_hold() -> bool:
+    """Whether the installed Ray is the one that the fast paths were tested with, and has every name that they need."""
+    return contract_fault() is None
+
+
+@functools.cache
+def contract_fault() -> str | None:
+    """Why the fast paths cannot be used with the installed Ray, in one sentence; None: they can."""
+    import ray
+
+    if ray.__version__.split(".")[:2] != CHECKED_WITH.split("."):
+        return f"Ray {ray.__version__} is installed, they were tested with {CHECKED_WITH}"
+    return next(iter(faults()), None)
+
+
+def __getattr__(name: str) -> Any:
+    """Import one of the classes that `training.policies` derives from."""
+    for private in FAST_PATHS:
+        if name == private.name.split(".")[0]:
+            return getattr(importlib.import_module(private.module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class KeyValueStore:
+    """Small values in the memory of Ray's head node (its internal key-value store), shared by all processes of a cluster."""
+
+    def __init__(self, namespace: str = "orchestrator") -> None:
+        self._namespace = namespace
+
+    def get(self, key: str) -> bytes | None:
+        """The value, or None."""
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        value: bytes | None = _internal_kv_get(key, namespace=self._namespace)
+        return value
+
+    def put(self, key: str, value: str | bytes) -> None:
+        """Set or replace a value."""
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(key, value, namespace=self._namespace)
+
+    def exists(self, key: str) -> bool:
+        """Whether the key has a value."""
+        from ray.experimental.internal_kv import _internal_kv_exists
+
+        return bool(_internal_kv_exists(key, namespace=self._namespace))
+
+    def delete(self, key: str) -> None:
+        """Remove a value; nothing happens if there is none."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(key, namespace=self._namespace)
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the driver of a job that was submitted through Ray's jobs API, or was started by one."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def submission_id() -> str | None:
+    """The submission id of the job whose driver this process is; None: it was not submitted."""
+    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    return metadata.get("job_submission_id")
+
+
+def prestart_workers(count: int, environment: str, *, keep_s: int) -> None:
+    """Ask the raylet of this process's node to start idle worker processes.
+
+    Args:
+        environment: the serialized `runtime_env` of the actors that will use them.
+        keep_s: how long an unused process stays.
+    """
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import node_manager_pb2_grpc
+
+    messages: Any = importlib.import_module("ray.core.generated.node_manager_pb2")
+    context = ray.get_runtime_context()
+    this_node = context.get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == this_node)
+    request = messages.PrestartWorkersRequest(
+        job_id=bytes.fromhex(context.get_job_id()), num_workers=count, keep_alive_duration_secs=keep_s
+    )
+    request.runtime_env_info.serialized_runtime_env = environment
+    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    try:
+        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_TIMEOUT_S)
+    finally:
+        channel.close()
+
+
+def controller_variables() -> dict[str, str]:
+    """The environment variables that Ray Train gives its controller, and that the controller's actors inherit."""
+    from ray.train.v2._internal.constants import (
+        DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+        RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
+        get_env_vars_to_propagate,
+    )
+
+    warn = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
+    return {**get_env_vars_to_propagate(), **warn}
