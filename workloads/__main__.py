@@ -8,13 +8,12 @@ from pathlib import Path
 
 from workloads.config import apply_overrides, build, describe, parse_overrides, read_yaml, to_dict
 from workloads.discovery.components import FeaturesError
-from workloads.errors import ConfigError, DataError
+from workloads.errors import ConfigError, DataError, RunStoppedError
 from workloads.evaluation.one_shot import OneShotRunConfig, one_shot
 from workloads.loops.discovery.finish import DiscoveryError, discover
 from workloads.loops.discovery.job import DiscoverConfig
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
 from workloads.loops.meter import NonFiniteLossError
-from workloads.loops.steps import RunStoppedError
 from workloads.parallel.runtime import LocalRuntime
 from workloads.serving.export import FORMATS, ExportError, export_checkpoint
 from workloads.storage.checkpoint import CONFIG, CheckpointError
@@ -132,11 +131,8 @@ def _train(options: argparse.Namespace, overrides: dict[str, object]) -> int:
 def _evaluate(options: argparse.Namespace, overrides: dict[str, object]) -> int:
     run = build_loop(read_yaml(options.checkpoint / CONFIG))
     settings = apply_overrides(to_dict(run), {f"evaluation.{key}": value for key, value in overrides.items()})
-    runtime = LocalRuntime(options.output, stream=sys.stdout)
-    try:
+    with LocalRuntime(options.output, stream=sys.stdout, interruptible=True) as runtime:
         evaluate_loop(options.checkpoint, build_loop(settings), runtime)
-    finally:
-        runtime.close()
     return 0
 
 
@@ -156,11 +152,8 @@ def _export(options: argparse.Namespace) -> int:
 
 def _one_shot(options: argparse.Namespace, overrides: dict[str, object]) -> int:
     settings = build(OneShotRunConfig, apply_overrides({}, overrides))
-    runtime = LocalRuntime(options.output, stream=sys.stdout)
-    try:
+    with LocalRuntime(options.output, stream=sys.stdout, interruptible=True) as runtime:
         one_shot(options.checkpoint, settings, runtime)
-    finally:
-        runtime.close()
     return 0
 
 
@@ -168,11 +161,8 @@ def _discover(options: argparse.Namespace, overrides: dict[str, object]) -> int:
     if "uri" not in overrides:
         raise ConfigError("uri: name the dataset to look at, as uri=FOLDER")
     settings = build(DiscoverConfig, apply_overrides({}, overrides))
-    runtime = LocalRuntime(options.output, stream=sys.stdout)
-    try:
+    with LocalRuntime(options.output, stream=sys.stdout, interruptible=True) as runtime:
         discover(settings, runtime, str(options.output))
-    finally:
-        runtime.close()
     return 0
 
 

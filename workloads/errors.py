@@ -30,3 +30,7 @@ class StoreUnavailableError(DataError):
 
 class RunFailedError(UserError):
     """Work that was started could not be finished; the message says why in one sentence."""
+
+
+class RunStoppedError(UserError):
+    """The work ended because it was requested to; the message says at which step, and how to continue."""

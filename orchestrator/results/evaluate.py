@@ -84,7 +84,8 @@ def one_shot_of_run(
         checkpoint = fetch_weights(found.info.run_id, client=client, folder=Path(folder))
         if checkpoint is None:
             raise EvaluationError(f"run {run} has no model yet; let its training end (the same command continues it)")
-        figures = one_shot(checkpoint, settings, LocalRuntime(Path(folder, "output")))
+        with LocalRuntime(Path(folder, "output"), interruptible=True) as runtime:
+            figures = one_shot(checkpoint, settings, runtime)
         label = f"{dataset_label(uri)}-{open_dataset(uri).manifest.sha256[:8]}"
         metrics = {key.replace("eval/", f"eval/on_{label}/", 1): value for key, value in figures.items()}
         log_once(client, found.info.run_id, metrics, step=read_meta(str(checkpoint)).step)
@@ -117,9 +118,9 @@ def _measure(
     if uri is None and labelled is None:
         raise ConfigError("--data: needed, because the run was trained without an evaluation set")
     step = read_meta(str(checkpoint)).step
-    runtime = LocalRuntime(output)
     on_these = build_loop(apply_overrides(to_dict(run), {"evaluation.uri": uri}))
-    figures = evaluate_loop(checkpoint, on_these, runtime)
+    with LocalRuntime(output, interruptible=True) as runtime:
+        figures = evaluate_loop(checkpoint, on_these, runtime)
     figures = {key: value for key, value in figures.items() if key.startswith("eval/")}
     is_own = uri == trained.evaluation.uri and settings == trained.evaluation
     named = uri or labelled or ""

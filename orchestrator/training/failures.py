@@ -99,9 +99,8 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
     from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayError, WorkerCrashedError
     from ray.train import ControllerError
 
-    from workloads.errors import DataError, StoreUnavailableError
+    from workloads.errors import DataError, RunStoppedError, StoreUnavailableError
     from workloads.loops.meter import NonFiniteLossError
-    from workloads.loops.steps import RunStoppedError
     from workloads.storage.checkpoint import CheckpointError
     from workloads.storage.filesystems import is_outage
 

@@ -21,9 +21,9 @@ from orchestrator.ray_support.node_load import NODE, NodeLoad
 from orchestrator.ray_support.spare_processes import order_later
 from orchestrator.training.progress import ProgressPublisher
 from orchestrator.training.unconfirmed_reports import UnconfirmedReports
-from workloads.parallel.runtime import Request, agreed, averaging_gradients
+from workloads.parallel.runtime import Request, agreed, averaging_gradients, read_newest_everywhere
 from workloads.storage.checkpoint import Restored, Snapshot
-from workloads.storage.checkpoint_store import CheckpointStore, read_newest_everywhere
+from workloads.storage.checkpoint_store import CheckpointStore
 from workloads.storage.checkpoint_writer import CheckpointWriter
 from workloads.storage.filesystems import resolve_uri, with_retries
 
@@ -132,7 +132,7 @@ class RayRuntime:
         """`stop` once the driver passed on that it was told to end; `save` when a node of the run is about to be taken."""
         preempted = self._preempted()  # every rank asks, whatever else it knows: it is a barrier
         stop = self._progress is not None and self._progress.stop_asked
-        return agreed("stop" if stop else "save" if preempted else "go on", self.device)
+        return agreed("stop" if stop else "save" if preempted else "go on")
 
     def _preempted(self) -> bool:
         # Asking is a call to another process. A worker alone may skip it; several must ask equally often.

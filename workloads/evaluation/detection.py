@@ -25,6 +25,7 @@ from workloads.metrics.average_precision import (
 )
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workloads.models.detector import Detector
+from workloads.parallel.distributed import from_rank_0
 from workloads.parallel.runtime import Runtime, new_folder
 from workloads.reports.detections import draw_detections
 from workloads.types import Detections, ImageBatch
@@ -140,7 +141,7 @@ class DetectionEvaluation:
                 truth = Truth(objects=objects, labels=self.labels, masks=self._true_masks() if is_mask else None)
                 one = average_precision(found, truth, resamples=self.settings.resamples)
                 figures |= {prefix + name: value for name, value in one.items()}
-        return _from_rank_0(figures, self.runtime)
+        return from_rank_0(figures)
 
     def _true_masks(self) -> list[list[bytes]]:
         if self._masks is None:
@@ -203,14 +204,3 @@ def _pasted(found: Detections, size_hw: tuple[int, int]) -> list[bytes]:
 
 def _without_masks(table: DetectionTable) -> DetectionTable:
     return DetectionTable(image=table.image, boxes_xyxy=table.boxes_xyxy, scores=table.scores, labels=table.labels)
-
-
-def _from_rank_0(figures: Mapping[str, float], runtime: Runtime) -> dict[str, float]:
-    """Rank 0's figures on every rank; the names are spread by their order, which all ranks can tell."""
-    if runtime.world_size == 1:
-        return dict(figures)
-    from torch.distributed import broadcast_object_list
-
-    told: list[dict[str, float]] = [dict(figures)]
-    broadcast_object_list(told, src=0, device=runtime.device if runtime.device.type == "cuda" else None)
-    return told[0]

@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from workloads.config import to_yaml
 from workloads.data.loading.ledger import Ledger
 from workloads.data.loading.loaders import TrainLoader
+from workloads.errors import RunStoppedError
 from workloads.loops.meter import Meter
 from workloads.parallel.distributed import wait_for_all
 from workloads.parallel.runtime import Runtime
 from workloads.storage.checkpoint import CheckpointError, CheckpointMeta, Restored, take_snapshot
 from workloads.types import ImageBatch
-
-
-class RunStoppedError(Exception):
-    """The run was asked to stop, and did so with a checkpoint; the message says at which step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

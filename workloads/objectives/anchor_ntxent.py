@@ -132,7 +132,7 @@ def anchor_ntxent_loss(
         The loss of each crop, float32 (n,), 0 where invalid; and whether the positive was the most similar, bool (n,).
     """
     crops, cells = F.normalize(crops.float(), dim=-1), F.normalize(cells.float(), dim=-1)
-    counts = row_counts(crops.shape[0], crops.device)
+    counts = row_counts(crops.shape[0])
     all_cells, all_images, all_valid = (
         gather_rows(cells, counts),
         gather_rows(image, counts),

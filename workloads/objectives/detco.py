@@ -169,7 +169,7 @@ class DetCo(nn.Module):
         queries, keys = embeddings["queries"], embeddings["keys"].detach()
         valid = views.valid
         with torch.autocast(valid.device.type, enabled=False):
-            counts = row_counts(valid.shape[0], valid.device)
+            counts = row_counts(valid.shape[0])
             self._fresh = gather_rows(keys, counts), gather_rows(valid, counts)
             total = queries.new_zeros(())
             sums: dict[str, tuple[Tensor, Tensor]] = {}

@@ -97,7 +97,7 @@ def detcon_loss(
     shown = (regions > 0) & valid[:, None, None]
     # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
     online, target = (F.normalize(torch.where(shown[..., None], x.float(), 0.0), dim=-1) for x in (online, target))
-    counts = row_counts(online.shape[0], online.device)
+    counts = row_counts(online.shape[0])
     everybody, images, all_shown = (gather_rows(x, counts) for x in (target, image, shown))
 
     same_region = regions[:, 0, :, None] == regions[:, 1, None, :]  # rows of no region are not counted below

@@ -44,7 +44,7 @@ def ntxent_loss(views: Tensor, image: Tensor, valid: Tensor, *, temperature: flo
     """
     # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
     views = F.normalize(torch.where(valid[:, None, None], views.float(), 0.0), dim=-1)
-    counts = row_counts(views.shape[0], views.device)
+    counts = row_counts(views.shape[0])
     everybody, images, valids = gather_rows(views, counts), gather_rows(image, counts), gather_rows(valid, counts)
     positive = (views[:, 0] * views[:, 1]).sum(-1) / temperature
     positive = positive[:, None, None].expand(-1, 2, -1)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from workloads.parallel.distributed import group_for
 from workloads.types import PairViews, StepResult, Views
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def backward_in_micro_batches(objective: nn.Module, views: Views | PairViews, micro_batch_size: int) -> StepResult:
@@ -53,7 +55,7 @@ def _average_gradients(module: nn.Module) -> None:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group_for(flat.device))
     flat /= dist.get_world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
@@ -61,7 +63,7 @@ def _average_gradients(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    tracking = [m for m in module.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats]
     for norm in tracking:
         norm.track_running_stats = False
     try:

@@ -5,7 +5,6 @@ import re
 
 import pyarrow.fs as pafs
 import torch
-import torch.distributed as dist
 
 from workloads.storage.checkpoint import (
     META,
@@ -127,21 +126,3 @@ class CheckpointStore:
             for step in before:
                 if step != snapshot.meta.step:
                     delete_checkpoint(f"{place}/step_{step:08d}", self.filesystem)
-
-
-def read_newest_everywhere(store: CheckpointStore, *, device: torch.device | str = "cpu") -> Restored | None:
-    """What `store.read_newest` gives on rank 0, read by every rank: all continue from the same step.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none is whole.
-    """
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return store.read_newest(device=device)
-    found = store.read_newest(device=device) if dist.get_rank() == 0 else None
-    step = torch.tensor([found.meta.step if found is not None else -1], dtype=torch.int64)
-    on_gpu = dist.get_backend() == "nccl"
-    step = step.to(device) if on_gpu else step
-    dist.broadcast(step, src=0)
-    if found is None and int(step) >= 0:
-        found = store.read(int(step), device=device)
-    return found

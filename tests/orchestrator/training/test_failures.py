@@ -8,9 +8,8 @@ from ray.train import WorkerGroupError
 
 from orchestrator.ray_support.errors import worker_cause
 from orchestrator.training.failures import Decision, Failure, classify, decide
-from workloads.errors import ConfigError, DataError, StoreUnavailableError
+from workloads.errors import ConfigError, DataError, RunStoppedError, StoreUnavailableError
 from workloads.loops.meter import NonFiniteLossError
-from workloads.loops.steps import RunStoppedError
 
 
 def failure(kind: str, *, step: int | None = None, saved: int = 0, at_s: float = 0.0, reason: str = "broke") -> Failure:

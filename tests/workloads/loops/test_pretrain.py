@@ -17,11 +17,10 @@ from workloads.__main__ import main
 from workloads.config import apply_overrides, build, parse_overrides, to_yaml
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
-from workloads.errors import ConfigError, DataError
+from workloads.errors import ConfigError, DataError, RunStoppedError
 from workloads.evaluation.grid import evaluate
 from workloads.loops.meter import NonFiniteLossError
 from workloads.loops.pretrain import preflight, pretrain
-from workloads.loops.steps import RunStoppedError
 from workloads.parallel.runtime import LocalRuntime
 from workloads.spec.loading import load_model
 from workloads.spec.pretrain import PretrainConfig
