@@ -20,7 +20,7 @@ from workloads.spec.pretrain import EvaluationConfig
 
 
 class RepresentationEvaluation:
-    """Nearest neighbours and a linear probe on a trunk's frozen features, reported through the runtime by every rank alike."""
+    """Measures a trunk's frozen features on two sets of labelled images, and reports the figures; every rank runs it."""
 
     def __init__(self, evaluation: EvaluationConfig, settings: RepresentationConfig, runtime: Runtime) -> None:
         self.settings, self.runtime = settings, runtime
@@ -29,11 +29,11 @@ class RepresentationEvaluation:
 
     @staticmethod
     def check(settings: RepresentationConfig) -> tuple[Dataset, Dataset, Split]:
-        """The datasets to learn from and to tell apart, and which of their images.
+        """Open the training and the test dataset, and choose their images.
 
         Raises:
-            ConfigError: nothing can be told apart there.
-            DataError: no dataset there.
+            ConfigError: fewer than two classes, no test image, or too few training images for a linear probe.
+            DataError: there is no dataset at an address.
         """
         train = open_dataset(settings.train_uri)
         test = open_dataset(settings.test_uri) if settings.test_uri is not None else None
@@ -41,15 +41,17 @@ class RepresentationEvaluation:
         if len(split.classes) < 2 or not split.test:
             raise ConfigError(
                 f"evaluation.representation.train_uri: {settings.train_uri} has {len(split.classes)} classes and leaves "
-                f"{len(split.test)} images to tell apart; give a dataset with labels, or a test_uri"
+                f"{len(split.test)} test images; give a dataset with at least two labels, a smaller per_class, or a test_uri"
             )
+        if settings.linear:
+            representation.held_out(np.array(list(_in_order(split.train).values())), seed=settings.seed)
         return train, train if test is None else test, split
 
     def run(self, model: torch.nn.Module, *, step: int, final: bool) -> dict[str, float]:
         """Measure `model.trunk` and report its figures at `step`, with each test image's hits as an artifact.
 
         Args:
-            final: whether the linear probe is trained, too; it is at step 0, from which gains are counted.
+            final: train the linear probe too, as at step 0, from which gains are counted.
 
         Returns:
             The figures on rank 0; nothing elsewhere.
@@ -70,7 +72,7 @@ class RepresentationEvaluation:
         return figures
 
     def _features(self, trunk: Any, dataset: Dataset, wanted: dict[str, int]) -> tuple[Features, np.ndarray]:
-        """Of all ranks' images, ordered by their hashes, so that figures do not depend on how images were shared out."""
+        """Features and class numbers of all ranks' images, ordered by the images' hashes: the same on any number of ranks."""
         loader = EvalLoader(
             dataset,
             DataConfig(uri=dataset.uri, decode_size=None),
@@ -81,16 +83,23 @@ class RepresentationEvaluation:
         )
         batches = (batch.to(self.runtime.device) for batch in loader)
         mine = representation.extract(
-            lambda images: trunk.pooled(imagenet_normalized(images)), batches, frozenset(wanted), self.settings
+            lambda images: trunk.pooled(imagenet_normalized(images)),
+            batches,
+            frozenset(wanted),
+            self.settings,
+            device=self.runtime.device,
         )
-        joined = [
-            gather_rows(torch.from_numpy(x).to(self.runtime.device)) for x in (mine.trunk, mine.pixel, mine.image)
-        ]
+        joined = [gather_rows(torch.from_numpy(column)) for column in (mine.trunk, mine.pixel, mine.image)]
         order = joined[2].argsort()
-        vectors, pixels, images = (x[order].cpu().numpy() for x in joined)
-        by_hash = dict(zip(text_keys(tuple(wanted)).tolist(), wanted.values(), strict=True))
+        vectors, pixels, images = (column[order].numpy() for column in joined)
+        by_hash = _in_order(wanted)
         labels = np.array([by_hash[image] for image in images.tolist()], dtype=np.int64)
         return Features(trunk=vectors, pixel=pixels, image=images), labels
+
+
+def _in_order(wanted: dict[str, int]) -> dict[int, int]:
+    """Hash of each image's id → class number, in the order of the hashes."""
+    return dict(sorted(zip(text_keys(tuple(wanted)).tolist(), wanted.values(), strict=True)))
 
 
 def _labels(dataset: Dataset) -> dict[str, str | None]:

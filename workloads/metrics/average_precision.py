@@ -68,7 +68,11 @@ def average_precision(table: DetectionTable, truth: Truth, *, resamples: int = 0
     figures = {name: value if value >= 0 else float("nan") for name, value in figures.items()}
     if resamples:
         low, high = interval(
-            lambda weights: resampled_ap50(evaluation, weights), len(truth.objects), seed=seed, resamples=resamples
+            lambda weights: resampled_ap50(evaluation, weights),
+            len(truth.objects),
+            seed=seed,
+            resamples=resamples,
+            width=int(np.bincount(table.labels, minlength=1).max()),  # detections of one category
         )
         figures |= {"ap50_low": low, "ap50_high": high}
     return figures

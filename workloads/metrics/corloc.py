@@ -1,8 +1,9 @@
-"""CorLoc: the share of images whose one box covers an object.
+"""Computes CorLoc, the share of images whose one box covers an object (`corloc_hits`, `corloc_figures`, `corloc_gain`).
 
 The convention: boxes are half-open, `xyxy`, in pixels of the upright source image, so a box is x1 − x0 wide. An image is a
-hit if the box's IoU with *any* of its objects is at least the threshold, computed in float64 and without a division, so that
-exactly 0.5 counts. Images without an object that counts are left out, and counted. An image with objects and no box is a miss.
+hit if the box's IoU with *any* of its objects is at least the threshold, computed in float64, in which an IoU of exactly 0.5
+is 0.5 and counts. Images without an object that counts are left out; their number is reported. An image with objects and no
+box is a miss.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+import torch
 from pydantic import Field
+from torchvision.ops import box_iou
 
 from workloads.config import config
 from workloads.data.store.annotations import Annotations
@@ -52,54 +55,45 @@ class Hits:
     without_objects: int  # images left out
 
 
-def overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Areas of intersection and of union, float64 (n, m), of half-open xyxy boxes (n, 4) and (m, 4); without area: 0."""
-    a, b = np.asarray(boxes, dtype=np.float64)[:, None], np.asarray(others, dtype=np.float64)[None]
-    inner = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0).prod(-1)
-    area_a, area_b = ((side[..., 2:] - side[..., :2]).clip(0).prod(-1) for side in (a, b))
-    return inner, area_a + area_b - inner
-
-
 def iou_of(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU, float64 (n, m); 0 where neither has an area."""
-    inner, union = overlaps(boxes, others)
-    return inner / np.where(union > 0, union, 1.0)
+    """IoU, float64 (n, m), of half-open xyxy boxes (n, 4) and (m, 4); 0 where neither has an area."""
+    ours, theirs = (_upright(np.asarray(side, dtype=np.float64)) for side in (boxes, others))
+    return box_iou(torch.from_numpy(ours), torch.from_numpy(theirs)).nan_to_num(0.0).numpy()
 
 
-def covers(boxes: np.ndarray, others: np.ndarray, iou: float) -> np.ndarray:
-    """bool (n, m): whether the IoU is at least `iou`, decided without a division."""
-    inner, union = overlaps(boxes, others)
-    return (inner >= iou * union) & (inner > 0)
+def _upright(boxes: np.ndarray) -> np.ndarray:
+    """A box that ends before it begins has no area; torchvision would multiply two negative sides."""
+    return np.concatenate([boxes[:, :2], np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
 
 
 def corloc_hits(
     found: Mapping[str, np.ndarray], truth: Mapping[str, Annotations], settings: CorLocConfig | None = None
 ) -> Hits:
-    """Hold each image's box against its objects.
+    """Compare each image's box with its objects.
 
     Args:
-        found: image id → box, (4,). truth: of every image that was looked at.
+        found: image id → box, float64 (4,).
+        truth: image id → annotations, of every image that was searched.
     """
     settings = settings or CorLocConfig()
-    ids, hit, best = [], [], []
+    ids, best = [], []
     for image_id in sorted(truth):
         objects = settings.counted(truth[image_id])
         if not len(objects):
             continue
         ids.append(image_id)
         box = found.get(image_id)
-        hit.append(box is not None and bool(covers(box[None], objects, settings.iou).any()))
         best.append(0.0 if box is None else float(iou_of(box[None], objects).max()))
     return Hits(
         image_ids=tuple(ids),
-        hit=np.array(hit, dtype=bool),
+        hit=np.array(best, dtype=np.float64) >= settings.iou,
         best_iou=np.array(best, dtype=np.float64),
         without_objects=len(truth) - len(ids),
     )
 
 
 def corloc_figures(hits: Hits, settings: CorLocConfig | None = None) -> dict[str, float]:
-    """`corloc` with its 95 % interval over images, `mean_iou`, `images`, `images_without_objects`; nothing of no image."""
+    """`corloc` with its 95 % interval over images, `mean_iou`, `images`, `images_without_objects`; of no image, the counts only."""
     settings = settings or CorLocConfig()
     n = len(hits.hit)
     if not n:
@@ -125,6 +119,6 @@ def corloc_gain(ours: Hits, theirs: Hits, settings: CorLocConfig | None = None) 
 
 
 def _interval(values: np.ndarray, settings: CorLocConfig) -> tuple[float, float]:
-    """Of the mean of one value an image."""
+    """95 % interval of the mean of `values`, float64 (n,), one an image."""
     n = len(values)
     return interval(lambda weights: weights @ values / n, n, seed=settings.seed, resamples=settings.bootstrap)

@@ -1,6 +1,7 @@
-"""Clusters as classes: a Hungarian match of clusters to classes, fitted on training images, and AP50 of each class on others.
+"""Matches clusters to classes by the Hungarian method (`fit_match`) and measures AP50 of each class (`matched_precision`).
 
-There may be more clusters than classes: those that are left over are dropped, and their boxes with them.
+The match is fitted on training images. Where there are more clusters than classes, those without a class are dropped, and
+their boxes with them.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from workloads.data.store.annotations import Annotations
 from workloads.data.store.objects import Objects
 from workloads.discovery.pseudo_boxes import FoundBoxes
 from workloads.metrics.average_precision import DetectionTable, Truth, evaluate_with_pycocotools
-from workloads.metrics.corloc import CorLocConfig, covers, iou_of
+from workloads.metrics.corloc import CorLocConfig, iou_of
 
 
 def fit_match(
@@ -33,8 +34,9 @@ def fit_match(
         if item is None or not len(item.boxes_xyxy):
             continue
         box, objects = boxes.boxes_xyxy[row][None], item.boxes_xyxy.astype(np.float64)
-        best = int(iou_of(box, objects)[0].argmax())
-        if covers(box, objects[best][None], settings.iou)[0, 0]:
+        overlap = iou_of(box, objects)[0]
+        best = int(overlap.argmax())
+        if overlap[best] >= settings.iou:
             counts[clusters.index(boxes.categories[row]), classes.index(item.categories[best])] += 1
     chosen = zip(*linear_sum_assignment(-counts), strict=True)
     return {clusters[c]: classes[k] for c, k in chosen if counts[c, k] > 0}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torchvision.ops import batched_nms, box_iou
 
 from workloads.config import config
 from workloads.data.store.objects import Objects
@@ -281,23 +282,16 @@ def boxes_at_peaks(maps: Tensor, size_wh: Tensor, protocol: OneShotConfig) -> tu
     centers = cell_centers((g, g), (protocol.view_size,) * 2, maps.device)[cells]
     half = size_wh[:, None] / 2
     boxes = torch.cat([centers - half, centers + half], dim=-1).clamp(0, protocol.view_size)
-    overlap = _iou(boxes, boxes) > protocol.nms_threshold
-    kept = torch.isfinite(scores)
-    for i in range(count):  # each stands against those below it, in all queries at once
-        below = torch.arange(count, device=maps.device) > i
-        kept = kept & ~(overlap[:, i] & kept[:, i : i + 1] & below)
-    order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)[:, : protocol.peaks]
+    peaks = torch.isfinite(scores)
     rows = torch.arange(q, device=maps.device)[:, None]
+    # In float64, because `batched_nms` moves each query's boxes by an offset of its own.
+    stays = batched_nms(
+        boxes[peaks].double(), scores[peaks].double(), rows.expand_as(peaks)[peaks], protocol.nms_threshold
+    )
+    number = peaks.nonzero()[stays]
+    kept = torch.zeros_like(peaks).index_put_((number[:, 0], number[:, 1]), peaks.new_ones(()))
+    order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)[:, : protocol.peaks]
     return boxes[rows, order], scores.masked_fill(~kept, -torch.inf)[rows, order]
-
-
-def _iou(first: Tensor, second: Tensor) -> Tensor:
-    """(q, n, m) of boxes (q, n, 4) and (q, m, 4); 0 where a box has no area."""
-    low = torch.maximum(first[:, :, None, :2], second[:, None, :, :2])
-    high = torch.minimum(first[:, :, None, 2:], second[:, None, :, 2:])
-    both = (high - low).clamp(min=0).prod(-1)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1) for boxes in (first, second)]
-    return both / (areas[0][:, :, None] + areas[1][:, None] - both).clamp(min=1e-9)
 
 
 def average_precision_50(boxes: Tensor, scores: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
@@ -307,7 +301,7 @@ def average_precision_50(boxes: Tensor, scores: Tensor, truth: Tensor, asked: Te
         boxes: (q, p, 4), best first; scores (q, p), −inf for none.
         truth: (q, t, 4); asked: bool (q, t), which of them are objects.
     """
-    overlap = _iou(boxes, truth).masked_fill(~asked[:, None], -1.0)
+    overlap = torch.vmap(box_iou)(boxes, truth).nan_to_num(0.0).masked_fill(~asked[:, None], -1.0)
     free = asked.clone()
     hits = []
     for i in range(boxes.shape[1]):

@@ -1,6 +1,7 @@
-"""What frozen features know: nearest neighbours and a linear probe on labelled images, the same for every objective.
+"""Classifies images by a trunk's frozen features: k nearest neighbours and a linear probe, the same for every objective.
 
-The protocol is Caltech-101's: up to 30 images a class to learn from, all others to be told apart, accuracy averaged over classes.
+The protocol is Caltech-101's: up to 30 training images a class, all others are test images, accuracy averaged over classes.
+`choose_split` draws the images, `extract` computes the features, `measure` the figures.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +17,12 @@ from torch import Tensor
 from workloads.config import config
 from workloads.data.views.counter_random import stream, text_keys, uniform
 from workloads.data.views.resampling import axis_weights, resample
+from workloads.errors import ConfigError
 from workloads.metrics.bootstrap import interval, ratio
 from workloads.types import ImageBatch
 
-_PIXEL_SIDE = 16  # of the thumbnail that the row without any network compares
+_PIXEL_SIDE = 16  # of the thumbnails that the `pixel` baseline compares
+_LEAST_TRAINED = 5  # images of which the linear probe can hold out a fifth
 
 
 @config
@@ -27,32 +30,32 @@ class RepresentationConfig:
     """The frozen protocol. Two runs are comparable only if all of it is equal."""
 
     train_uri: str
-    """Dataset of labelled images to learn from."""
+    """Dataset with labels whose images are the training images."""
     test_uri: str | None = None
-    """Dataset of labelled images to tell apart; null: those of `train_uri` that are not learned from."""
+    """Dataset with labels whose images are the test images; null: the images of `train_uri` that are not training images."""
     leave_out: tuple[str, ...] = ("BACKGROUND_Google",)
-    """Labels that are no class."""
+    """Labels that are not classes; images with them are skipped."""
     per_class: Annotated[int, Field(ge=1)] = 30
-    """Images a class to learn from, drawn by their ids; a class that has fewer gives all, and none to be told apart."""
+    """Training images a class, drawn by a hash of their ids; a class that has fewer gives all, and no test image."""
     test_limit: Annotated[int, Field(ge=1)] | None = None
-    """Tell only so many images apart, drawn by their ids; null: all."""
+    """Number of test images, drawn by a hash of their ids; null: all."""
     view_size: Annotated[int, Field(ge=32, multiple_of=32)] = 128
-    """Side of the square that the image is stretched to, pixels."""
+    """Side of the square that each image is stretched to, pixels."""
     neighbours: Annotated[int, Field(ge=1)] = 20
     """Nearest training images that vote."""
     vote_temperature: Annotated[float, Field(gt=0)] = 0.07
     """A neighbour's vote is e^(cosine / this)."""
     linear: bool = True
-    """Whether a linear probe is trained, too, at the start and when the run ends."""
+    """Train a linear probe too, at step 0 and when the run ends; needs at least 5 training images."""
     seed: int = 101
-    """Seed of the choice of images and of the bootstrap."""
+    """Seed of the choice of images, of the linear probe's held-out images and of the bootstrap."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples of the images from which the 95 % intervals are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Which images are learned from and which are told apart, by id, with their class numbers."""
+    """Training and test images by id, with the number of their class."""
 
     classes: tuple[str, ...]
     train: dict[str, int]
@@ -61,7 +64,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """Of some images: the trunk's vectors, thumbnails for the row without any network, and the images' hashes."""
+    """Features of N images: the trunk's vectors, thumbnails for the `pixel` baseline, and the hash of each image's id."""
 
     trunk: np.ndarray  # float32 (N, C)
     pixel: np.ndarray  # float32 (N, 3 · 16 · 16)
@@ -74,7 +77,7 @@ def choose_split(
     """Draw `per_class` images of each class by a hash of their ids, the same for every run.
 
     Args:
-        train, test: label by image id; without `test`, what is not drawn from `train` is told apart.
+        train, test: label by image id; without `test`, the test images are those of `train` that are not drawn.
     """
     named = {image: label for image, label in train.items() if label is not None and label not in settings.leave_out}
     classes = tuple(sorted(set(named.values())))
@@ -109,11 +112,14 @@ def extract(
     batches: Iterable[ImageBatch],
     wanted: frozenset[str],
     settings: RepresentationConfig,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Features:
-    """Features of the images whose ids are `wanted`, whole and stretched to a square.
+    """Features of the images whose ids are `wanted`, uncropped and stretched to a square.
 
     Args:
         pooled: images (B, 3, h, w) in [0, 1] to vectors (B, C).
+        device: of the batches and of `pooled`; a rank without a wanted image learns C there.
     """
     trunk, pixel, image = [], [], []
     for batch in batches:
@@ -129,7 +135,7 @@ def extract(
         pixel.append(F.adaptive_avg_pool2d(squares, _PIXEL_SIDE).flatten(1).cpu().numpy())
         image.append(text_keys(tuple(batch.image_ids[i] for i in rows)).numpy())
     if not image:
-        probe = pooled(torch.zeros(1, 3, settings.view_size, settings.view_size))
+        probe = pooled(torch.zeros(1, 3, settings.view_size, settings.view_size, device=device))
         return Features(
             trunk=np.zeros((0, probe.shape[1]), np.float32),
             pixel=np.zeros((0, 3 * _PIXEL_SIDE**2), np.float32),
@@ -170,20 +176,39 @@ def nearest_neighbours(
     return votes.argmax(1).numpy()
 
 
+def held_out(labels: np.ndarray, *, seed: int) -> np.ndarray:
+    """bool (N,): the fifth of the training images on which the linear probe's penalty is chosen.
+
+    Raises:
+        ConfigError: there are too few images, or the other four fifths are of one class.
+    """
+    held = np.random.default_rng(seed).permutation(len(labels)) < len(labels) // 5
+    if not held.any() or len(np.unique(labels[~held])) < 2:
+        raise ConfigError(
+            f"evaluation.representation.linear: {len(labels)} training images are too few to choose the linear probe's penalty "
+            f"on a fifth of them; raise per_class or label more images (at least {_LEAST_TRAINED}, several a class), or set "
+            "linear=false"
+        )
+    return held
+
+
 def linear_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, seed: int) -> np.ndarray:
-    """The class that a logistic regression on standardised features says; its penalty is chosen on a fifth of the training images.
+    """The class that a logistic regression on standardised features predicts; its penalty is chosen on `held_out` images.
 
     Args:
         train: float32 (N, C). labels: int64 (N,). test: float32 (M, C).
 
     Returns:
         int64 (M,).
+
+    Raises:
+        ConfigError: there are too few training images.
     """
     from sklearn.linear_model import LogisticRegression
 
+    held = held_out(labels, seed=seed)
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     train, test = (train - mean) / deviation, (test - mean) / deviation
-    held = np.random.default_rng(seed).permutation(len(train)) < len(train) // 5
 
     def fitted(penalty: float, rows: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=penalty, max_iter=200, tol=1e-3).fit(train[rows], labels[rows])
@@ -236,17 +261,18 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Figures under their tracking keys, and each test image's hits by method, from which differences are taken.
 
-    `eval/knn`, `eval/knn_low`, `eval/knn_high` (95 %), `eval/linear` likewise, `eval/knn_pixel` (thumbnails in place of features: the
-    row that learns nothing), `eval/knn_chance`.
+    `eval/knn`, `eval/knn_low`, `eval/knn_high` (95 %), `eval/linear` likewise, `eval/knn_pixel` (the `pixel` baseline: thumbnails
+    in place of features), `eval/knn_chance`.
     """
-    voting = {"neighbours": settings.neighbours, "temperature": settings.vote_temperature}
-    said = {
-        "knn": nearest_neighbours(train.trunk, train_labels, test.trunk, **voting),  # type: ignore[arg-type]
-        "knn_pixel": nearest_neighbours(train.pixel, train_labels, test.pixel, **voting),  # type: ignore[arg-type]
-    }
+
+    def neighbours(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        voting, temperature = settings.neighbours, settings.vote_temperature
+        return nearest_neighbours(ours, train_labels, theirs, neighbours=voting, temperature=temperature)
+
+    predicted = {"knn": neighbours(train.trunk, test.trunk), "knn_pixel": neighbours(train.pixel, test.pixel)}
     if linear:
-        said["linear"] = linear_probe(train.trunk, train_labels, test.trunk, seed=settings.seed)
-    hits = {name: classes == test_labels for name, classes in said.items()}
+        predicted["linear"] = linear_probe(train.trunk, train_labels, test.trunk, seed=settings.seed)
+    hits = {name: classes == test_labels for name, classes in predicted.items()}
     figures = {"eval/knn_chance": 1.0 / (int(train_labels.max()) + 1), "eval/knn_images": float(len(test_labels))}
     for name, hit in hits.items():
         value, low, high = accuracy(hit, test_labels, settings)

@@ -1,4 +1,4 @@
-"""Optimisers and the one schedule: linear warm-up, then cosine to a floor."""
+"""Optimiser configs and `make_optimizer`, and the learning-rate schedules: `rate_at` (cosine) and `dropped_rate_at` (steps)."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -116,7 +116,11 @@ def make_optimizer(module: nn.Module, settings: AdamWConfig | SGDConfig | LARSCo
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, layer by layer, by η‖w‖ / ‖g + λw‖; groups with adapt=False are plain SGD."""
+    """SGD with momentum whose step is scaled, layer by layer, by η‖w‖ / ‖g + λw‖; groups with adapt=False are plain SGD.
+
+    That is the rule of BYOL's and DetCon's code, whose recipes use it. arXiv 1708.03888 and `timm.optim.Lars` divide by
+    ‖g‖ + λ‖w‖ instead, which is never smaller; without weight decay the two are equal.
+    """
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, trust: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapt": True})

@@ -171,7 +171,8 @@ evaluation:
         ),
         ("ntxent", ("evaluation.uri=x",), r"evaluation\.uri: ntxent trains no pyramid, so there is no SGA"),
         ("detcon_b", ("views.regions={kind: column, name: slic}",), r"has no regions 'slic', only grid"),
-        ("ntxent", ("evaluation.representation.per_class=99",), r"leaves 0 images to tell apart"),
+        ("ntxent", ("evaluation.representation.per_class=99",), r"leaves 0 test images"),
+        ("ntxent", ("evaluation.representation.per_class=1",), r"linear: 3 training images are too few"),
     ],
 )
 def test_what_cannot_work_is_said_before_it_starts(uri, objective, changes, message):

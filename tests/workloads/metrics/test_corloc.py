@@ -1,10 +1,12 @@
 """CorLoc's convention on cases worked out by hand."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from workloads.data.store.annotations import Annotations
-from workloads.metrics.corloc import CorLocConfig, corloc_figures, corloc_gain, corloc_hits, covers, iou_of
+from workloads.metrics.corloc import CorLocConfig, corloc_figures, corloc_gain, corloc_hits, iou_of
 
 
 def truth(*boxes: tuple[float, float, float, float], crowd: object = (), difficult: object = ()) -> Annotations:
@@ -41,12 +43,31 @@ def test_exactly_half_counts(found: np.ndarray, hit: bool) -> None:
     assert hits.hit.tolist() == [hit]
 
 
-def test_a_third_is_decided_without_rounding() -> None:
-    # 1/3 has no binary form: a division would leave it to rounding.
+def test_exactly_a_third_counts() -> None:
+    # 1/3 has no binary form: the division rounds as the threshold was.
     sides = [(0, 0, n, 1) for n in range(1, 200)]
     whole = [(0, 0, 3 * n, 1) for n in range(1, 200)]
     iou = 1 / 3  # a float just below a third
-    assert covers(np.array(sides), np.array(whole), iou).diagonal().all()
+    assert (iou_of(np.array(sides), np.array(whole)).diagonal() >= iou).all()
+
+
+def test_no_iou_below_a_half_is_rounded_up_to_it() -> None:
+    """Against exact fractions, on boxes whose IoU lies within a few units of the last place of one half."""
+    whole = np.array([[0.0, 0.0, 1.0, 1.0]])
+    for steps in range(-4, 5):
+        height = 0.5
+        for _ in range(abs(steps)):
+            height = float(np.nextafter(height, np.sign(steps) * np.inf))
+        assert (iou_of(np.array([[0.0, 0.0, 1.0, height]]), whole)[0, 0] >= 0.5) == (Fraction(height) >= Fraction(1, 2))
+    rng = np.random.default_rng(0)
+    for width, height in rng.integers(1, 5000, (200, 2)).tolist():
+        one = np.array([[0, 0, width, height]])
+        two = np.array([[0, 0, width, 2 * height], [0, 0, width, 2 * height + 1e-9]])
+        assert (iou_of(one, two)[0] >= 0.5).tolist() == [True, Fraction(2 * height + 1e-9) <= 2 * height]
+
+
+def test_a_box_turned_inside_out_has_no_area() -> None:
+    assert iou_of(np.array([[9.0, 9.0, 1.0, 1.0]]), np.array([[1.0, 1.0, 9.0, 9.0]])).tolist() == [[0.0]]
 
 
 def test_any_object_counts_and_which_objects_do() -> None:

@@ -11,6 +11,7 @@ from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import Objects, read_objects
 from workloads.metrics.average_precision import DetectionTable, Truth, average_precision
+from workloads.metrics.corloc import iou_of
 from workloads.metrics.one_shot import (
     OneShotConfig,
     TrunkMatcher,
@@ -105,6 +106,34 @@ def test_boxes_stand_on_peaks_have_the_querys_size_and_do_not_overlap():
     assert loose[0, 1].tolist() == [32, 28, 52, 40]
     flat, scores = boxes_at_peaks(torch.zeros(1, 16, 16), torch.tensor([[64.0, 64.0]]), protocol)
     assert torch.isfinite(scores).any() and torch.isfinite(flat).all()  # all cells tie
+
+
+@pytest.mark.parametrize("queries", [3, 60])  # torchvision suppresses few boxes and many in different ways
+def test_peaks_are_suppressed_as_by_a_plain_loop(queries):
+    generator = torch.Generator().manual_seed(queries)
+    maps = torch.randint(0, 50, (queries, 16, 16), generator=generator) / 50  # many ties
+    size = torch.rand(queries, 2, generator=generator) * 40 + 2
+    boxes, scores = boxes_at_peaks(maps, size, SMALL)
+    neighbourhood = torch.nn.functional.max_pool2d(maps[:, None], 3, 1, 1)[:, 0]
+    for q in range(queries):
+        kept: list[tuple[float, list[float]]] = []
+        peaks = [
+            (float(maps[q, r, c]), r, c)
+            for r in range(16)
+            for c in range(16)
+            if maps[q, r, c] == neighbourhood[q, r, c]
+        ]
+        for score, row, column in sorted(peaks, key=lambda peak: -peak[0])[:40]:  # four looked at for each box
+            middle, half = np.array([4 * column + 2, 4 * row + 2]), size[q].numpy() / 2
+            box = np.concatenate([middle - half, middle + half]).clip(0, 64)
+            if all(iou_of(box[None], np.array([other]))[0, 0] <= SMALL.nms_threshold for _, other in kept):
+                kept.append((score, box.tolist()))
+        kept = kept[: SMALL.peaks]
+        assert scores[q, : len(kept)].tolist() == [pytest.approx(score) for score, _ in kept]
+        assert boxes[q, : len(kept)].flatten().tolist() == pytest.approx(
+            [side for _, box in kept for side in box], abs=1e-4
+        )
+        assert torch.isinf(scores[q, len(kept) :]).all()
 
 
 def test_queries_are_of_another_image_and_the_same_whatever_else_is_there(coco):

@@ -7,6 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from tests.workloads.data.views.test_crops import batch_of
 from workloads.data.views.counter_random import text_keys
+from workloads.errors import ConfigError
 from workloads.metrics.representation import (
     RepresentationConfig,
     accuracy,
@@ -90,5 +91,18 @@ def test_features_are_of_the_wanted_and_readable_images_alone_and_do_not_see_the
     assert found.image.tolist() == text_keys(("image-0", "image-2")).tolist()
     np.testing.assert_allclose(found.trunk, np.array([[10] * 3, [120] * 3]) / 255, atol=1e-4)
     assert found.pixel.shape == (2, 3 * 16 * 16)
-    nothing = extract(lambda x: x.mean((-2, -1)), [batch], frozenset(["nobody"]), SETTINGS)
-    assert nothing.trunk.shape == (0, 3) and nothing.image.shape == (0,)
+
+
+def test_a_rank_without_a_wanted_image_asks_the_trunk_on_its_own_device():
+    """The device "meta" refuses the host's tensors, as a GPU does."""
+    trunk = torch.nn.Conv2d(3, 5, 1, device="meta")
+    batch = batch_of(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [[64, 64]])
+    nothing = extract(lambda x: trunk(x).mean((-2, -1)), [batch], frozenset(["nobody"]), SETTINGS, device="meta")
+    assert nothing.trunk.shape == (0, 5) and nothing.image.shape == (0,)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0, 1], [], [0, 0, 0, 0, 0, 0, 0]])
+def test_too_few_images_for_a_linear_probe_are_refused_in_a_sentence(labels):
+    features = np.zeros((len(labels), 3), np.float32)
+    with pytest.raises(ConfigError, match=f"linear: {len(labels)} training images are too few .* linear=false"):
+        linear_probe(features, np.array(labels, dtype=np.int64), features, seed=101)

@@ -51,3 +51,22 @@ def test_lars_leaves_a_zero_layer_finite():
     layer.weight.grad, layer.bias.grad = torch.ones(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.isfinite(layer.weight).all() and layer.weight.abs().max() > 0
+
+
+def test_without_decay_lars_is_timms():
+    """With decay they differ: timm divides by ‖g‖ + λ‖w‖, as the first paper; BYOL's and DetCon's code by ‖g + λw‖."""
+    timm_optim = pytest.importorskip("timm.optim")
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = make_optimizer(ours, LARSConfig(lr=0.5, weight_decay=0.0, trust=0.01))
+    groups = [{"params": [theirs.weight], "always_adapt": True}, {"params": [theirs.bias]}]
+    other = timm_optim.Lars(groups, lr=0.5, momentum=0.9, trust_coeff=0.01)
+    for _ in range(3):
+        for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            its.grad = mine.grad.clone()
+        optimizer.step()
+        other.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.bias, theirs.bias)
