@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from orchestrator.datasets.layout import PARTIAL, Reject, atomic_file, part_folder, shard_name
+from orchestrator.datasets.layout import Reject, part_folder, shard_name
 from orchestrator.storage import object_store
 from workloads.data.build.rows import ImageStatistics
 from workloads.data.build.shards import (
@@ -18,7 +18,7 @@ from workloads.data.build.shards import (
 )
 from workloads.data.store.manifest import MANIFEST_NAME, REJECTS_NAME, ROW_GROUPS_NAME, FileEntry, Manifest, RowGroups
 from workloads.errors import DataError
-from workloads.storage.filesystems import resolve_uri
+from workloads.storage.filesystems import PARTIAL, atomic_write, resolve_uri
 
 
 def assemble(
@@ -77,7 +77,7 @@ def _write_table(table: pa.Table, name: str, filesystem: pafs.FileSystem, folder
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     data = buffer.getvalue().to_pybytes()
-    with atomic_file(filesystem, f"{folder}/{name}") as sink:
+    with atomic_write(filesystem, f"{folder}/{name}") as sink:
         sink.write(data)
     return FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=len(table))
 
@@ -91,7 +91,7 @@ def commit_manifest(manifest: Manifest, folder: str) -> None:
     data = manifest.to_json().encode()
     if not folder.startswith("s3://"):
         filesystem, root = resolve_uri(folder)
-        with atomic_file(filesystem, f"{root}/{MANIFEST_NAME}") as sink:
+        with atomic_write(filesystem, f"{root}/{MANIFEST_NAME}") as sink:
             sink.write(data)
         return
     uri = f"{folder}/{MANIFEST_NAME}"

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from orchestrator.datasets.layout import atomic_file, shard_name
+from orchestrator.datasets.layout import shard_name
 from workloads.data.build.shards import (
     BuildConfig,
     ShardResult,
@@ -19,7 +19,7 @@ from workloads.data.build.shards import (
 )
 from workloads.data.build.sources import column_reader, source_reader
 from workloads.errors import DataError
-from workloads.storage.filesystems import read_bytes, resolve_uri, with_retries
+from workloads.storage.filesystems import atomic_write, read_bytes, resolve_uri, with_retries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def run_task(task: ShardTask, tick: Tick = ignore_progress) -> ShardResult:
     try:
         attempts = 3 if isinstance(filesystem, pafs.S3FileSystem) else 1
         result = with_retries(lambda: _write_task(task, filesystem, path, tick), attempts=attempts)
-        with atomic_file(filesystem, note) as sink:
+        with atomic_write(filesystem, note) as sink:
             sink.write(result.to_json().encode())
     except OSError as error:
         raise DataError(f"{task.folder}: cannot be written ({error}); check space, address and credentials") from None
@@ -106,7 +106,7 @@ def run_task(task: ShardTask, tick: Tick = ignore_progress) -> ShardResult:
 
 def _write_task(task: ShardTask, filesystem: pafs.FileSystem, path: str, tick: Tick) -> ShardResult:
     column = task.build.regions.column
-    with atomic_file(filesystem, path) as sink:
+    with atomic_write(filesystem, path) as sink:
         result = write_shard(
             task.rows,
             sink,

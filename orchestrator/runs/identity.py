@@ -17,6 +17,7 @@ from orchestrator.storage.object_store import HeldError
 from workloads.config import config_hash, flatten
 from workloads.data.store.manifest import open_dataset, resolve_uri
 from workloads.errors import ConfigError, DataError
+from workloads.storage.filesystems import atomic_write
 
 T = TypeVar("T")
 
@@ -199,5 +200,5 @@ def _write(filesystem: arrow_fs.FileSystem, folder: str, record: dict[str, Any],
 
 
 def _write_json(filesystem: arrow_fs.FileSystem, path: str, record: dict[str, Any]) -> None:
-    with filesystem.open_output_stream(path) as stream:
+    with atomic_write(filesystem, path) as stream:
         stream.write(json.dumps(record, indent=1).encode())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.fs as arrow_fs
 
 from orchestrator.runs.journal import logger
-from workloads.storage.filesystems import read_bytes
+from workloads.storage.filesystems import atomic_write, read_bytes
 
 
 class JournalArchive:
@@ -57,8 +57,7 @@ class JournalArchive:
         whole = text[: text.rfind(b"\n") + 1]
         if not whole:
             return
-        self._filesystem.create_dir(self._folder, recursive=True)
-        with self._filesystem.open_output_stream(f"{self._folder}/{self._segments:06d}.jsonl") as stream:
+        with atomic_write(self._filesystem, f"{self._folder}/{self._segments:06d}.jsonl") as stream:
             stream.write(whole)
         self._segments += 1
         self._offset += len(whole)

@@ -7,7 +7,7 @@ import pyarrow.fs as arrow_fs
 from ray.tune import Callback, Stopper
 
 from orchestrator.sweeps.stages import BUDGET, SCORE, Stage
-from workloads.storage.filesystems import read_bytes
+from workloads.storage.filesystems import atomic_write, read_bytes
 
 _WRITE_EVERY_S = 10.0
 
@@ -35,7 +35,7 @@ class Clock:
         hours = self._before + (now - self._began) / 3600
         if now - self._written >= _WRITE_EVERY_S:
             self._written = now
-            with self._filesystem.open_output_stream(self._path) as stream:
+            with atomic_write(self._filesystem, self._path) as stream:
                 stream.write(f"{hours:.5f}".encode())
         return hours
 

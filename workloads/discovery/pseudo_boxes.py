@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from workloads.data.store.objects import AGNOSTIC, BOXES_SCHEMA
 from workloads.errors import DataError
-from workloads.storage.filesystems import put_bytes, read_bytes, resolve_uri
+from workloads.storage.filesystems import atomic_write, read_bytes, resolve_uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +48,8 @@ def write_parquet(boxes: FoundBoxes, uri: str) -> None:
     x0, y0, x1, y1 = boxes.boxes_xyxy.astype(np.float32).T
     columns = [list(boxes.image_ids), x0, y0, x1, y1, boxes.scores.astype(np.float32), list(boxes.categories)]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, BOXES_SCHEMA, strict=True)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(arrays, schema=BOXES_SCHEMA), sink, compression="zstd")
-    put_bytes(*resolve_uri(uri), sink.getvalue().to_pybytes())
+    with atomic_write(*resolve_uri(uri)) as sink:
+        pq.write_table(pa.table(arrays, schema=BOXES_SCHEMA), sink, compression="zstd")
 
 
 def write_coco_results(boxes: FoundBoxes, uri: str, *, category_ids: Mapping[str, int] | None = None) -> None:
@@ -74,7 +73,9 @@ def write_coco_results(boxes: FoundBoxes, uri: str, *, category_ids: Mapping[str
                 "score": float(boxes.scores[row]),
             }
         )
-    put_bytes(*resolve_uri(uri), (json.dumps(rows, allow_nan=False) + "\n").encode())
+    text = json.dumps(rows, allow_nan=False) + "\n"
+    with atomic_write(*resolve_uri(uri)) as file:
+        file.write(text.encode())
 
 
 def read_boxes(uri: str) -> FoundBoxes:

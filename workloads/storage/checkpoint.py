@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from workloads.errors import RunFailedError
-from workloads.storage.filesystems import read_bytes
+from workloads.storage.filesystems import atomic_write, read_bytes
 
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
 
@@ -110,8 +110,7 @@ def write_checkpoint(snapshot: Snapshot, folder: str, filesystem: pafs.FileSyste
 
 
 def _write_files(snapshot: Snapshot, folder: str, filesystem: pafs.FileSystem) -> CheckpointMeta:
-    filesystem.create_dir(folder, recursive=True)
-    with filesystem.open_output_stream(f"{folder}/{STATE}") as stream:
+    with atomic_write(filesystem, f"{folder}/{STATE}", attempts=1) as stream:
         hashed = _HashingStream(stream)
         try:
             torch.save(dict(snapshot.state), hashed)  # type: ignore[arg-type]
@@ -119,7 +118,7 @@ def _write_files(snapshot: Snapshot, folder: str, filesystem: pafs.FileSystem) -
             raise hashed.error or error from None  # torch hides a full disk behind an error of its own
     meta = asdict(snapshot.meta) | {"state_sha256": hashed.digest.hexdigest(), "state_bytes": hashed.size}
     for name, text in ((CONFIG, snapshot.config_yaml), (META, json.dumps(meta))):
-        with filesystem.open_output_stream(f"{folder}/{name}") as stream:
+        with atomic_write(filesystem, f"{folder}/{name}", attempts=1) as stream:
             stream.write(text.encode())
     return CheckpointMeta(**meta)
 

@@ -1,13 +1,16 @@
 """From a path or URI to a pyarrow file system; what is worth another try there, and `s3://` for every fsspec user."""
 
+import io
 import os
 import random
 import re
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
@@ -126,20 +129,99 @@ def read_bytes(filesystem: pafs.FileSystem, path: str, *, attempts: int = ATTEMP
     return with_retries(read, attempts=attempts if isinstance(filesystem, pafs.S3FileSystem) else 1)
 
 
-def put_bytes(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
-    """Write one file that appears whole or not at all; folders above it are made."""
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    # An object store's upload becomes visible only when it is closed; a rename there would copy.
-    is_local = isinstance(filesystem, pafs.LocalFileSystem)
-    target = f"{path}.partial-{os.getpid()}" if is_local else path
+PARTIAL = ".partial-"
+"""Part of the name of a file that is being written; what a killed process leaves has it too."""
+_BUFFERED_BYTES = 16 << 20
 
-    def write() -> None:
-        with filesystem.open_output_stream(target) as sink:
-            sink.write(data)
 
-    with_retries(write, attempts=1 if is_local else ATTEMPTS)
-    if is_local:
-        filesystem.move(target, path)
+@contextmanager
+def atomic_write(filesystem: pafs.FileSystem, path: str, *, attempts: int = ATTEMPTS) -> Iterator[BinaryIO]:
+    """Open `path` for writing; after the block it exists with all that was written, after an error it is as before.
+
+    Locally the file is written beside its place, synced to the disk and renamed; missing folders are created. In an object
+    store the object appears when the block ends: one of up to 16 MiB is uploaded then, with retries; a larger one is
+    streamed, and removed again if the block raises (so give a large one a name that nothing reads before it is complete).
+
+    Args:
+        attempts: tries of the upload of a small object.
+
+    Raises:
+        OSError: the file or object cannot be written.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        with _replaced(path) as file:
+            yield file
+        return
+    upload = _Upload(filesystem, path)
+    try:
+        yield cast(BinaryIO, upload)
+    except BaseException:
+        upload.abandon()
+        raise
+    upload.complete(attempts)
+
+
+@contextmanager
+def _replaced(path: str) -> Iterator[BinaryIO]:
+    """A local file that takes the place of `path` when the block ends."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    partial = f"{path}{PARTIAL}{uuid.uuid4().hex[:12]}"  # no process on any machine that shares the disk has the same
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
+    with suppress(OSError):  # some network file systems do not sync folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class _Upload(io.RawIOBase):
+    """An object that is being written: in memory while it is small, because pyarrow cannot abandon an open upload."""
+
+    def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
+        self._filesystem, self._path = filesystem, path
+        self._buffer = io.BytesIO()
+        self._stream: pa.NativeFile | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self._stream is None and self._buffer.tell() + view.nbytes > _BUFFERED_BYTES:
+            self._stream = self._filesystem.open_output_stream(self._path)
+            self._stream.write(self._buffer.getbuffer())
+        (self._buffer if self._stream is None else self._stream).write(view)
+        return view.nbytes
+
+    def complete(self, attempts: int) -> None:
+        """Make the object visible."""
+        if self._stream is not None:
+            self._stream.close()
+            return
+
+        def put() -> None:
+            with self._filesystem.open_output_stream(self._path) as stream:
+                stream.write(self._buffer.getbuffer())
+
+        with_retries(put, attempts=attempts)
+
+    def abandon(self) -> None:
+        """Leave no object; one that was streamed in part is closed and deleted."""
+        if self._stream is not None:
+            with suppress(OSError):
+                self._stream.close()
+                self._filesystem.delete_file(self._path)
 
 
 class ArrowS3(ArrowFSWrapper):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from orchestrator.datasets import build as ingest
+from orchestrator.datasets import shard_tasks
 from orchestrator.datasets.build import build_dataset, build_parts
 from tests.places import ROOT
 from tests.workloads.data.images import encoded, make_folder, picture
@@ -57,7 +57,7 @@ def test_a_rebuild_elsewhere_is_identical(source, tmp_path):
 
 def test_a_killed_build_shows_no_dataset_and_ends_the_same(source, tmp_path, monkeypatch):
     whole = build_dataset(folder_build(source, tmp_path / "whole", **SMALL))
-    run_task = ingest.run_task
+    run_task = shard_tasks.run_task
     ran = []
 
     def killed_at_the_third(task, *rest):
@@ -67,13 +67,15 @@ def test_a_killed_build_shows_no_dataset_and_ends_the_same(source, tmp_path, mon
 
     config = folder_build(source, tmp_path / "killed", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(ingest, "run_task", killed_at_the_third)
+        patch.setattr(shard_tasks, "run_task", killed_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             build_dataset(config)
     with pytest.raises(DataError, match=r"manifest\.json.*orchestrator data build"):
         open_dataset(config.output)
-    write_shard = ingest.write_shard
-    monkeypatch.setattr(ingest, "write_shard", lambda *rest, **named: (ran.append(1), write_shard(*rest, **named))[1])
+    write_shard = shard_tasks.write_shard
+    monkeypatch.setattr(
+        shard_tasks, "write_shard", lambda *rest, **named: (ran.append(1), write_shard(*rest, **named))[1]
+    )
     assert build_dataset(config).sha256 == whole.sha256
     assert len(ran) == 2  # the first two stood
     assert not (tmp_path / "killed" / "_build").exists()
@@ -81,27 +83,25 @@ def test_a_killed_build_shows_no_dataset_and_ends_the_same(source, tmp_path, mon
 
 KILLED_BUILD = """
 import os, signal, sys
-from orchestrator import ingest
+from orchestrator.datasets.build import build_dataset
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
+from workloads.storage import filesystems
 
 at, writes = int(sys.argv[3]), 0
+replace = os.replace
 
-class Dying(ingest.pafs.LocalFileSystem):
-    def open_output_stream(self, path, **named):
-        global writes
-        writes += 1
-        stream = super().open_output_stream(path, **named)
-        if writes == at:
-            stream.write(b"half a file")
-            stream.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return stream
+def die_at(partial, path):
+    global writes
+    writes += 1
+    if writes == at:
+        os.truncate(partial, os.path.getsize(partial) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(partial, path)
 
-ingest.resolve_uri = lambda uri: (Dying(), uri)
-ingest.pafs.LocalFileSystem = Dying
+filesystems.os.replace = die_at
 source = FolderSourceConfig(inputs=(sys.argv[1],))
-ingest.build_dataset(BuildConfig(source=source, output=sys.argv[2], rows_per_shard=10, row_group_bytes=6000))
+build_dataset(BuildConfig(source=source, output=sys.argv[2], rows_per_shard=10, row_group_bytes=6000))
 """
 
 

@@ -4,7 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.fs as pafs
+
 from workloads.parallel.distributed import wait_for_all
+from workloads.storage.filesystems import atomic_write
 from workloads.types import ImageBatch
 
 
@@ -30,12 +33,10 @@ class Ledger:
 
     def close_segment(self, step: int) -> None:
         """Write down what was trained up to `step`; all ranks return when all have."""
-        folder = self._folder / f"step_{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"rank_{self._rank}.partial"
         lines = [{"world_size": self._world_size}, *self._lines]
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.rename(folder / f"rank_{self._rank}.jsonl")
+        path = (self._folder / f"step_{step:08d}" / f"rank_{self._rank}.jsonl").absolute()
+        with atomic_write(pafs.LocalFileSystem(), str(path)) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         self._lines = []
         wait_for_all()
 

@@ -31,7 +31,7 @@ from workloads.metrics.matched_precision import fit_match, matched_precision
 from workloads.parallel.distributed import wait_for_all
 from workloads.parallel.runtime import Runtime, new_folder
 from workloads.reports.discoveries import Panel, draw_clusters, draw_discoveries
-from workloads.storage.filesystems import put_bytes, read_bytes, resolve_uri
+from workloads.storage.filesystems import atomic_write, read_bytes, resolve_uri
 
 _AP_RESAMPLES = 500  # of AP50's interval; CorLoc's are cheaper and more
 _PICTURE_SIDE = 320  # pixels
@@ -132,7 +132,8 @@ def finish(job: Job, pictures: Path, *, timings: Mapping[str, float] | None = No
 
 
 def _put_text(text: str, uri: str) -> None:
-    put_bytes(*resolve_uri(uri), text.encode())
+    with atomic_write(*resolve_uri(uri)) as file:
+        file.write(text.encode())
 
 
 def read_parts(job: Job) -> pa.Table:

@@ -26,7 +26,7 @@ from workloads.errors import ConfigError
 from workloads.loops.discovery.job import NEEDS_TRUNK, DiscoverConfig, Job, Method, trunk_of
 from workloads.loops.finetune import load_detector
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, imagenet_normalized
-from workloads.storage.filesystems import put_bytes
+from workloads.storage.filesystems import atomic_write
 from workloads.types import ImageBatch
 
 _SIDES = ("x0", "y0", "x1", "y1")
@@ -70,9 +70,8 @@ class PartWorker:
         for batch in self._batches(part):
             rows += self._found(batch)
             images += sum(1 for image_id in batch.image_ids if image_id)
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=PART_SCHEMA), sink, compression="zstd")
-        put_bytes(self._job.state[0], self._job.part_path(part), sink.getvalue().to_pybytes())
+        with atomic_write(self._job.state[0], self._job.part_path(part)) as sink:
+            pq.write_table(pa.Table.from_pylist(rows, schema=PART_SCHEMA), sink, compression="zstd")
         return images
 
     def _batches(self, part: int) -> Iterator[ImageBatch]:
