@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from orchestrator.cli import data, listing, runs  # noqa: F401 - importing them registers their commands
 from orchestrator.cli.cluster import cluster_app
 from orchestrator.cli.jobs import submit_app
 from orchestrator.cli.root import app, data_app
