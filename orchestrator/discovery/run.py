@@ -14,11 +14,12 @@ from pathlib import Path
 
 from orchestrator.discovery.actors import Progress, work
 from orchestrator.discovery.spec import DiscoverExperiment
+from orchestrator.runs.records import MetricsRecord
 from orchestrator.storage.locks import hold
-from orchestrator.tracking.addresses import quiet_mlflow, run_address, without_secrets
-from orchestrator.tracking.header import CLAIM_TAG, RunHeader, dataset_label, git_tags, shown_params
+from orchestrator.tracking.addresses import quiet_mlflow, run_address
+from orchestrator.tracking.header import DatasetUse, RunHeader, header_of, prefixed
 from orchestrator.tracking.sink import MlflowSink
-from workloads.config import flatten, to_yaml
+from workloads.config import flatten
 from workloads.errors import ConfigError
 from workloads.loops.discovery.finish import finish
 from workloads.loops.discovery.job import Job, finished_record, prepare
@@ -48,7 +49,7 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
         root = None if "://" in experiment.output else Path(experiment.output, "mlartifacts").as_uri()
         filesystem, _ = job.state
         sink = MlflowSink(
-            run_header(experiment, job),
+            _header_of(experiment, job),
             uri=uri,
             artifact_root=root if uri.startswith("sqlite:") else None,
             filesystem=filesystem,
@@ -63,7 +64,7 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
             timings = work(experiment, job, progress=progress, debug=debug)
             figures = finish(job, Path(pictures), timings=timings).figures
             now = int(time.time() * 1000)
-            sink.write([{"kind": "metrics", "step": 0, "time_ms": now, "metrics": dict(figures)}])
+            sink.write([MetricsRecord(step=0, time_ms=now, metrics=figures)])
             for folder in sorted(Path(pictures).iterdir()):
                 sink.log_folder(folder, folder.name)
         except BaseException as error:
@@ -101,26 +102,18 @@ def tracking_uri(experiment: DiscoverExperiment) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def run_header(experiment: DiscoverExperiment, job: Job) -> RunHeader:
-    """Parameters, tags, dataset and config of a discovery's run."""
-    claim = hashlib.sha256(f"{job.identity} {experiment.output}".encode()).hexdigest()[:32]
-    scaling = {f"scaling.{key}": value for key, value in flatten(experiment.scaling).items()}
-    kind = "s3" if experiment.uri.startswith("s3://") else "local"
-    return RunHeader(
-        name=experiment.tracking.run_name or f"discover-{experiment.methods[0]}-{job.identity[:8]}",
-        claim=claim,
+def _header_of(experiment: DiscoverExperiment, job: Job) -> RunHeader:
+    return header_of(
+        experiment.tracking.run_name or f"discover-{experiment.methods[0]}-{job.identity[:8]}",
+        experiment.science,
+        claim=hashlib.sha256(f"{job.identity} {experiment.output}".encode()).hexdigest()[:32],
         experiment=experiment.tracking.experiment,
-        params=shown_params({**flatten(experiment.science), **scaling}),
-        tags={
-            CLAIM_TAG: claim,
-            "config.sha256": job.identity,
-            "data.manifest_sha256": job.manifest_sha256,
-            "mlflow.source.name": "orchestrator discover",
-            "mlflow.source.type": "JOB",
-            **git_tags(),
-        },
-        datasets=[("discovery", dataset_label(experiment.uri), job.manifest_sha256[:36], kind)],
-        config_yaml=without_secrets(to_yaml(experiment.science)),
+        command="discover",
+        config_sha256=job.identity,
+        manifest_sha256=job.manifest_sha256,
+        params={**flatten(experiment.science), **prefixed("scaling", flatten(experiment.scaling))},
+        tags={},
+        datasets=[DatasetUse(context="discovery", uri=experiment.uri, sha256=job.manifest_sha256)],
     )
 
 

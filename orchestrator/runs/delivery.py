@@ -1,13 +1,17 @@
 """Delivers the records of a journal to a sink (MLflow) from a background thread, and tries again after an outage."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.runs.journal import JournalReader, Record, logger
+from orchestrator.runs.journal import JournalReader
+from orchestrator.runs.records import Record
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):

@@ -1,34 +1,32 @@
-"""The local journal between training and the tracking server: written first, delivered later, in order, by one thread.
+"""The run's journal: `Journal` appends records to a local file, `JournalReader` and `parse_journal` read them.
 
-The controller appends a line for every report; the driver, on the same machine, reads the file as it grows and hands
-the records to a sink. So a slow or dead tracking server never stops training, and what it missed is still in the file.
+Ray Train's controller appends one line for each report. The driver, on the same machine, reads the file as it grows and
+delivers the records to the tracking server (`runs.delivery`). A slow or dead server therefore never blocks training, and
+everything it missed is still in the file.
 """
 
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from orchestrator.runs.records import Record, from_json, to_json
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
-"""`{"kind": "metrics", "step": …, "time_ms": …, "metrics": {…}}`, or kind `artifacts` (`folder`) or `tags` (`tags`)."""
-
 
 class Journal:
-    """Appends records to a file, one line each; several processes may append to the same file."""
+    """Appends records to a file, one line each. Several processes may append to the same file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._torn():
+        if self._has_incomplete_line():
             self._write(b"\n")
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record; it is in the file, whatever becomes of this process, when this returns."""
-        self._write(json.dumps(record).encode() + b"\n")
+    def append(self, record: Record) -> None:
+        """Add one record. When this returns the line is in the file, even if this process dies next."""
+        self._write(json.dumps(to_json(record)).encode() + b"\n")
 
     def _write(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -37,7 +35,7 @@ class Journal:
         finally:
             os.close(descriptor)
 
-    def _torn(self) -> bool:
+    def _has_incomplete_line(self) -> bool:
         if not self.path.is_file() or self.path.stat().st_size == 0:
             return False
         with self.path.open("rb") as file:
@@ -46,31 +44,35 @@ class Journal:
 
 
 def parse_journal(text: bytes, *, source: str) -> list[Record]:
-    """The records of whole lines; a line that a killed process left half-written is skipped."""
+    """The records in `text`. Lines that cannot be parsed, such as one cut short by a kill, are skipped with a warning."""
     records = []
     for line in text.splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            records.append(from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
             if line.strip():
-                logger.warning("journal %s: skipped a torn line of %d bytes", source, len(line))
+                logger.warning("journal %s: skipped a line of %d bytes (%s)", source, len(line), error)
     return records
 
 
 class JournalReader:
-    """Reads complete lines from where it stopped last time."""
+    """Reads the complete lines of a journal, each once."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._offset = 0
 
     def read(self) -> list[Record]:
-        """The records appended since the last call; a line that a killed process left half-written is skipped."""
+        """The records appended since the last call."""
         if not self.path.is_file():
             return []
         with self.path.open("rb") as file:
             file.seek(self._offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return parse_journal(whole, source=self.path.name)
+            complete = complete_lines(file.read())
+        self._offset += len(complete)
+        return parse_journal(complete, source=self.path.name)
+
+
+def complete_lines(text: bytes) -> bytes:
+    """`text` up to and including its last line break."""
+    return text[: text.rfind(b"\n") + 1]

@@ -1,18 +1,22 @@
-"""Copies the journal of a run to the storage of the run in numbered segments, and reads it back."""
+"""`JournalArchive` copies a run's journal to the run's storage in numbered segments; `read_segments` reads them back."""
 
+import logging
 import threading
 from pathlib import Path
 
 import pyarrow.fs as arrow_fs
 
-from orchestrator.runs.journal import logger
+from orchestrator.runs.journal import complete_lines, parse_journal
+from orchestrator.runs.records import TagsRecord
 from workloads.storage.filesystems import atomic_write, read_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class JournalArchive:
-    """Keeps a copy of the journal in the run's storage, in closed segments: the machine that wrote it may not come back.
+    """Copies new lines of the journal to the storage every `period_s` seconds, because this machine may be lost.
 
-    Laid end to end, the segments are a beginning of the journal.
+    The segments, concatenated in order, are a prefix of the journal.
     """
 
     def __init__(
@@ -24,28 +28,30 @@ class JournalArchive:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal-archive", daemon=True)
 
-    def __enter__(self) -> "JournalArchive":
-        """Fetch what other machines wrote, then copy what is written here from now on.
+    def start(self) -> None:
+        """Restore the lines that other machines archived, then copy new lines from now on.
 
         Raises:
             OSError: the storage does not answer.
         """
         self._restore()
         self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> bool:
+        """Copy the remaining lines and stop; returns whether every line is in the storage now."""
         self._stop.set()
         self._thread.join(30.0)
+        return not self._thread.is_alive() and (not self._path.exists() or self._offset == self._path.stat().st_size)
 
     def _restore(self) -> None:
+        """Make the archived lines a prefix of the local file, and keep local lines that were never archived."""
         segments = read_segments(self._filesystem, self._folder)
-        kept = b"".join(segments)
-        self._segments, self._offset = len(segments), len(kept)
+        archived = b"".join(segments)
+        self._segments, self._offset = len(segments), len(archived)
         here = self._path.read_bytes() if self._path.is_file() else b""
-        if not here.startswith(kept):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_bytes(kept)
+        if not here.startswith(archived):
+            with atomic_write(arrow_fs.LocalFileSystem(), str(self._path)) as file:
+                file.write(archived + _unarchived(here, archived))
 
     def push(self) -> None:
         """Copy the complete lines that are not in the storage yet, as one more segment."""
@@ -53,14 +59,13 @@ class JournalArchive:
             return
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        if not whole:
+            fresh = complete_lines(file.read())
+        if not fresh:
             return
         with atomic_write(self._filesystem, f"{self._folder}/{self._segments:06d}.jsonl") as stream:
-            stream.write(whole)
+            stream.write(fresh)
         self._segments += 1
-        self._offset += len(whole)
+        self._offset += len(fresh)
 
     def _run(self) -> None:
         while True:
@@ -73,8 +78,23 @@ class JournalArchive:
                 return
 
 
+def _unarchived(here: bytes, archived: bytes) -> bytes:
+    """The lines of `here` that `archived` lacks, in order.
+
+    This machine wrote them before another one continued the run. Its tags are left out: the later attempt has set them.
+    """
+    known = set(archived.splitlines())
+    lines = [line for line in complete_lines(here).splitlines() if line not in known]
+    kept = [line for line in lines if not _holds_tags(line)]
+    return b"".join(line + b"\n" for line in kept)
+
+
+def _holds_tags(line: bytes) -> bool:
+    return any(isinstance(record, TagsRecord) for record in parse_journal(line, source="journal.jsonl"))
+
+
 def read_segments(filesystem: arrow_fs.FileSystem, folder: str) -> list[bytes]:
-    """What a `JournalArchive` keeps in `folder`, in order."""
+    """The segments that a `JournalArchive` wrote to `folder`, in order."""
     selector = arrow_fs.FileSelector(folder, allow_not_found=True)
     names = sorted(info.path for info in filesystem.get_file_info(selector) if info.path.endswith(".jsonl"))
     return [read_bytes(filesystem, name) for name in names]

@@ -11,15 +11,17 @@ import pyarrow.fs as arrow_fs
 
 from orchestrator.experiments.sweep_spec import SweepExperiment
 from orchestrator.runs.identity import Run, RunHeldError, when_free
+from orchestrator.runs.records import MetricsRecord, TagsRecord
 from orchestrator.sweeps.comparison import Comparison
 from orchestrator.sweeps.leaderboard import Trial, common_step, importance, leaderboard_rows, to_csv
 from orchestrator.sweeps.progress import Clock
 from orchestrator.sweeps.stages import LET_GO_S, Stage
+from orchestrator.tracking.abandoned import close_abandoned_run
 from orchestrator.tracking.addresses import artifact_root, page_address, tracking_uri, without_secrets
-from orchestrator.tracking.header import sweep_header
-from orchestrator.tracking.settle import settle
+from orchestrator.tracking.header import RunHeader, header_of, prefixed
+from orchestrator.tracking.parent_run import ParentRun
 from orchestrator.tracking.sink import MlflowSink
-from workloads.config import config_hash, to_dict, to_yaml
+from workloads.config import config_hash, flatten, to_dict, to_yaml
 from workloads.reports.sweeps import draw_effects, draw_parallel_coordinates
 
 logger = logging.getLogger(__name__)
@@ -32,12 +34,13 @@ class SweepRecord:
         self._experiment, self._run = experiment, run
         self._uri = tracking_uri(experiment)
         self._sink = MlflowSink(
-            sweep_header(experiment, run),
+            _header_of(experiment, run),
             uri=self._uri,
             artifact_root=artifact_root(experiment),
             filesystem=run.filesystem,
             run_folder=run.folder,
         )
+        self._parent = ParentRun(self._sink)
         self._page = ""
         self.clock = Clock(run.filesystem, f"{run.folder}/hours")
 
@@ -47,7 +50,7 @@ class SweepRecord:
         sweep = self._experiment.sweep
         knobs = [f"params.`{key}`" for key in sweep.space]
         scores = [f"metrics.`{key}`" for key in sweep.rank_by]
-        self._page = self._sink.share_view(
+        self._page = self._parent.share_view(
             self._run.claim,
             columns=[*knobs, *scores, "tags.`sweep.stage`"],
             order_by=scores[0],
@@ -78,7 +81,7 @@ class SweepRecord:
         status = "FAILED" if trial.reason else "KILLED" if trial.outcome == "unfinished" else "FINISHED"
         experiment = trial.experiment
         try:
-            settled = when_free(lambda: settle(experiment, status=status, tags=tags), patience_s=LET_GO_S)
+            settled = when_free(lambda: close_abandoned_run(experiment, status=status, tags=tags), patience_s=LET_GO_S)
         except RunHeldError:
             logger.warning("run %s is still held by its process; its record stays open", trial.run_name)
             return
@@ -89,11 +92,11 @@ class SweepRecord:
         """A run for a trial that never began, so that people see it and why."""
         params = {key: str(value) for key, value in trial.point.items()}
         digest = config_hash(trial.point)[:8]
-        self._sink.record_child(name=f"{self._run.name}-refused-{digest}", params=params, tags=tags, status="FAILED")
+        self._parent.add_child(name=f"{self._run.name}-refused-{digest}", params=params, tags=tags, status="FAILED")
 
     def end_strays(self, known: Sequence[str]) -> None:
         """Mark the trials as KILLED that a dead driver began and Tune does not know of."""
-        self._sink.end_children(known=known)
+        self._parent.kill_children(except_names=known)
 
     def report(self, stage: Stage, trials: Sequence[Trial], comparison: Comparison | None) -> str:
         """Log the leaderboard, the figures and the best configuration; returns where they are in the sweep's storage."""
@@ -137,10 +140,8 @@ class SweepRecord:
             destination_filesystem=self._run.filesystem,
         )
         tags = {"sweep.best_run": best.run_name} | self._winner(comparison)
-        now = {"time_ms": int(1000 * time.time())}
-        self._sink.write(
-            [{"kind": "metrics", "step": 0, "metrics": figures, **now}, {"kind": "tags", "tags": tags, **now}]
-        )
+        now = int(1000 * time.time())
+        self._sink.write([MetricsRecord(step=0, time_ms=now, metrics=figures), TagsRecord(tags=tags, time_ms=now)])
         return f"{self._experiment.storage.path.rstrip('/')}/{self._run.name}/report"
 
     def _winner(self, comparison: Comparison | None) -> dict[str, str]:
@@ -172,3 +173,18 @@ class SweepRecord:
         """End the parent run."""
         with contextlib.suppress(Exception):
             self._sink.close(status)
+
+
+def _header_of(experiment: SweepExperiment, run: Run) -> RunHeader:
+    return header_of(
+        run.name,
+        experiment,
+        claim=run.claim,
+        experiment=experiment.tracking.experiment,
+        command=f"sweep {experiment.name}",
+        config_sha256=run.config_sha256,
+        manifest_sha256=run.manifest_sha256,
+        params={**flatten(experiment.science), **prefixed("sweep", flatten(experiment.sweep))},
+        tags={"sweep.name": run.name, "sweep.stage": "sweep"},
+        datasets=[],
+    )

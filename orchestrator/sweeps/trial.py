@@ -15,8 +15,8 @@ import ray.tune
 from rich.console import Console
 
 from orchestrator.runs.identity import when_free
-from orchestrator.runs.journal import Record
-from orchestrator.runs.record import recorded
+from orchestrator.runs.journal_access import read_records
+from orchestrator.runs.records import MetricsRecord, Record
 from orchestrator.sweeps.stages import BUDGET, LET_GO_S, SCORE, Stage, score_of
 from orchestrator.training.run import train
 from orchestrator.training.session import Stopwatch
@@ -41,8 +41,8 @@ class TuneReport(ray.train.UserCallback):
     def tell_all(self, records: Sequence[Record], *, before: float = math.inf) -> None:
         """Report the evaluations among a journal's records, those at steps below `before`."""
         for record in records:
-            if record["kind"] == "metrics" and record["step"] < before:
-                self.tell({**record["metrics"], "step": record["step"]})
+            if isinstance(record, MetricsRecord) and record.step < before:
+                self.tell({**record.metrics, "step": record.step})
 
     def tell(self, figures: Mapping[str, Any]) -> None:
         """Report `figures` if they are an evaluation later than the last; ends the process's work if Tune says stop."""
@@ -59,10 +59,10 @@ def run_trial(settings: dict[str, Any], *, stage: Stage, debug: bool) -> None:
     experiment = stage.experiment(stage.point_of(settings))
     watch = Stopwatch(began)
     report = TuneReport(stage.sweep.sweep.rank_by, steps=experiment.steps)
-    report.tell_all(recorded(experiment), before=experiment.steps)  # what this run measured before a restart
+    report.tell_all(read_records(experiment), before=experiment.steps)  # what this run measured before a restart
     console = Console(file=io.StringIO())  # the sweep's driver says how it goes
     when_free(
         lambda: train(experiment, console=console, watch=watch, debug=debug, tags=stage.tags, callbacks=[report]),
         patience_s=LET_GO_S,
     )
-    report.tell_all(recorded(experiment))
+    report.tell_all(read_records(experiment))

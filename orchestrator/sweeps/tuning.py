@@ -11,8 +11,8 @@ from orchestrator.experiments.domains import Point
 from orchestrator.experiments.sweep_spec import AshaConfig, MedianConfig, OptunaSearchConfig, SweepExperiment
 from orchestrator.ray_support.errors import sentence
 from orchestrator.runs.identity import Run, begun_run, finished_run
-from orchestrator.runs.journal import Record
-from orchestrator.runs.record import recorded
+from orchestrator.runs.journal_access import read_records
+from orchestrator.runs.records import FaultRecord, MetricsRecord, Record, TagsRecord
 from orchestrator.sweeps.leaderboard import Trial
 from orchestrator.sweeps.progress import Deadline, SweepProgress
 from orchestrator.sweeps.record import SweepRecord
@@ -191,14 +191,14 @@ def trial_of(stage: Stage, point: Point, *, reason: str | None, interrupted: boo
         experiment = stage.experiment(point)
     except ConfigError as error:
         return Trial(point=point, experiment=None, run_name="", evaluations={}, rank_by=rank_by, reason=str(error))
-    records = recorded(experiment)
-    measured = [r for r in records if r["kind"] == "metrics" and score_of(r["metrics"], rank_by) is not None]
+    records = read_records(experiment)
+    measured = [r for r in records if isinstance(r, MetricsRecord) and score_of(r.metrics, rank_by) is not None]
     run = begun_run(experiment)
     return Trial(
         point=point,
         experiment=experiment,
         run_name=experiment.tracking.run_name or "",
-        evaluations={r["step"]: r["metrics"] for r in measured},
+        evaluations={r.step: r.metrics for r in measured},
         rank_by=rank_by,
         reason=reason,
         interrupted=interrupted,
@@ -211,11 +211,11 @@ def _seconds(records: Sequence[Record]) -> float:
     """From the beginning of each attempt, which a record of tags marks, to its last record."""
     total, began, last = 0.0, None, 0.0
     for record in records:
-        if "time_ms" not in record:
+        if isinstance(record, FaultRecord) or record.time_ms is None:
             continue
-        if record["kind"] == "tags":
+        if isinstance(record, TagsRecord):
             total += last - began if began is not None else 0.0
-            began = last = record["time_ms"] / 1000
+            began = last = record.time_ms / 1000
         else:
-            last = max(last, record["time_ms"] / 1000)
+            last = max(last, record.time_ms / 1000)
     return total + (last - began if began is not None else 0.0)

@@ -1,4 +1,7 @@
-"""Parameters, tags and dataset inputs of an MLflow run, known before its first step."""
+"""`RunHeader`: parameters, tags, dataset inputs and config of an MLflow run, all known before its first step.
+
+`header_of` is the one constructor. `run_header` calls it for a training run.
+"""
 
 import json
 import os
@@ -10,96 +13,106 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.experiments.spec import AnyExperiment, command_of
-from orchestrator.experiments.sweep_spec import SweepExperiment
 from orchestrator.runs.identity import Run
 from orchestrator.tracking.addresses import without_secrets
 from workloads.config import flatten, to_yaml
 
 CLAIM_TAG = "run.claim"
-_LONGEST_PARAM = 6000  # characters
+_LONGEST_PARAM = 6000  # characters, MLflow's limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetUse:
+    """A dataset that a run reads."""
+
+    context: str  # training, evaluation, discovery
+    uri: str
+    sha256: str  # of its manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunHeader:
-    """What is known of a run before its first step."""
+    """The constant part of an MLflow run; credentials and local paths are removed."""
 
     name: str
     claim: str
     experiment: str
     params: Mapping[str, str]
     tags: Mapping[str, str]
-    datasets: Sequence[tuple[str, str, str, str]]  # context (training, evaluation), name, digest, kind of source
+    datasets: Sequence[DatasetUse]
     config_yaml: str
 
 
-def run_header(
-    experiment: AnyExperiment, run: Run, *, manifests: Mapping[str, tuple[str, str]], tags: Mapping[str, str]
+def header_of(
+    name: str,
+    config: Any,
+    *,
+    claim: str,
+    experiment: str,
+    command: str,
+    config_sha256: str,
+    manifest_sha256: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    datasets: Sequence[DatasetUse],
 ) -> RunHeader:
-    """Parameters, tags, dataset inputs and config of `run`.
+    """The header of the run `name`.
 
     Args:
-        manifests: context (`training`, `evaluation`) → (data URI, manifest SHA-256).
+        config: config object, stored as YAML in the artifacts.
+        claim: unique id that the MLflow run carries as the tag `run.claim`, by which it is found again.
+        experiment: MLflow experiment.
+        command: shown as the run's source, e.g. `train NAME`.
+        params: flattened config, and more parameters.
         tags: more tags.
     """
-    science = flatten(experiment.science)
-    scaling = {f"scaling.{key}": value for key, value in flatten(experiment.scaling).items()}
-    tags = {
-        CLAIM_TAG: run.claim,
-        "config.sha256": run.config_sha256,
-        "data.manifest_sha256": run.manifest_sha256,
-        **tags,
-        "run.loop": experiment.loop,
-        "mlflow.source.name": f"orchestrator {command_of(experiment)} {experiment.name}",
-        "mlflow.source.type": "JOB",
-        **git_tags(),
-    }
     return RunHeader(
-        name=run.name,
-        claim=run.claim,
-        experiment=experiment.tracking.experiment,
-        params={key: _presentable(value)[:_LONGEST_PARAM] for key, value in {**science, **scaling}.items()},
-        tags=tags,
-        datasets=[
-            (context, dataset_label(uri), digest[:36], "s3" if uri.startswith("s3://") else "local")
-            for context, (uri, digest) in manifests.items()
-        ],
-        config_yaml=without_secrets(to_yaml(experiment)),
-    )
-
-
-def sweep_header(experiment: SweepExperiment, run: Run) -> RunHeader:
-    """Parameters, tags and config of a sweep's parent run."""
-    values = {**flatten(experiment.science), **{f"sweep.{key}": v for key, v in flatten(experiment.sweep).items()}}
-    return RunHeader(
-        name=run.name,
-        claim=run.claim,
-        experiment=experiment.tracking.experiment,
-        params={key: _presentable(value)[:_LONGEST_PARAM] for key, value in values.items()},
+        name=name,
+        claim=claim,
+        experiment=experiment,
+        params={key: _presentable(value)[:_LONGEST_PARAM] for key, value in params.items()},
         tags={
-            CLAIM_TAG: run.claim,
-            "config.sha256": run.config_sha256,
-            "data.manifest_sha256": run.manifest_sha256,
-            "sweep.name": run.name,
-            "sweep.stage": "sweep",
-            "mlflow.source.name": f"orchestrator sweep {experiment.name}",
+            CLAIM_TAG: claim,
+            "config.sha256": config_sha256,
+            "data.manifest_sha256": manifest_sha256,
+            **tags,
+            "mlflow.source.name": f"orchestrator {command}",
             "mlflow.source.type": "JOB",
             **git_tags(),
         },
-        datasets=[],
-        config_yaml=without_secrets(to_yaml(experiment)),
+        datasets=datasets,
+        config_yaml=without_secrets(to_yaml(config)),
     )
 
 
-def shown_params(values: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters as a run shows them: no machine paths, no credentials, no text longer than MLflow takes."""
-    return {key: _presentable(value)[:_LONGEST_PARAM] for key, value in values.items()}
+def run_header(
+    experiment: AnyExperiment, run: Run, *, datasets: Sequence[DatasetUse], tags: Mapping[str, str]
+) -> RunHeader:
+    """The header of a training run."""
+    return header_of(
+        run.name,
+        experiment,
+        claim=run.claim,
+        experiment=experiment.tracking.experiment,
+        command=f"{command_of(experiment)} {experiment.name}",
+        config_sha256=run.config_sha256,
+        manifest_sha256=run.manifest_sha256,
+        params={**flatten(experiment.science), **prefixed("scaling", flatten(experiment.scaling))},
+        tags={**tags, "run.loop": experiment.loop},
+        datasets=datasets,
+    )
+
+
+def prefixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `section.` before each key."""
+    return {f"{section}.{key}": value for key, value in values.items()}
 
 
 def _presentable(value: Any) -> str:
-    """A parameter's text: a local path is only its last part, an address loses its credentials."""
+    """A parameter's text: of a local path only the last part, of an address all but its credentials."""
     if isinstance(value, str):
         return f"…/{Path(value).name}" if value.startswith(("/", "file://")) else without_secrets(value)
-    return json.dumps(value)  # as it would be given on the command line
+    return json.dumps(value)  # as it is written on the command line
 
 
 def dataset_label(uri: str) -> str:
@@ -108,7 +121,7 @@ def dataset_label(uri: str) -> str:
 
 
 def git_tags() -> dict[str, str]:
-    """The commit that the code was checked out from, if it was."""
+    """The git commit of the code as MLflow's tag, and whether there are uncommitted changes; empty outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -118,5 +131,5 @@ def git_tags() -> dict[str, str]:
         tags = {"mlflow.source.git.commit": git("rev-parse", "HEAD")}
         return tags | ({"git.uncommitted_changes": "true"} if git("status", "--porcelain", "-uno") else {})
     except (OSError, subprocess.SubprocessError):
-        commit = os.environ.get("ORCHESTRATOR_GIT_COMMIT")  # for a job whose working directory came without .git
+        commit = os.environ.get("ORCHESTRATOR_GIT_COMMIT")  # set for a job whose working directory has no .git
         return {"mlflow.source.git.commit": commit} if commit else {}

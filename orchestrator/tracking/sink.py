@@ -1,27 +1,37 @@
-"""The run's record in MLflow. Only the driver writes it, from one thread, out of the journal."""
+"""`MlflowSink` writes a run's journal to MLflow. Only the driver does so, from one thread; several calls may repeat safely."""
 
 import json
 import logging
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow.fs as arrow_fs
 
-from orchestrator.runs.journal import Record
+from orchestrator.runs.records import ArtifactsRecord, MetricsRecord, Record, TagsRecord
 from orchestrator.tracking.addresses import TrackingError, quiet_mlflow, without_secrets
-from orchestrator.tracking.header import CLAIM_TAG, RunHeader
+from orchestrator.tracking.header import CLAIM_TAG, RunHeader, dataset_label
+from workloads.storage.filesystems import is_final
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+    from orchestrator.tracking.private import SystemMetricsMonitor
 
 logger = logging.getLogger(__name__)
-_LARGEST_BATCH = 1000  # MLflow's limit of metrics in one call
+HEADER_TAG = "run.header"
+"""Tag of a run whose parameters, dataset inputs and config are all logged; its value is `complete`."""
+MUST_AGREE_TOLERANCE = 1e-3  # relative above 1: with another number of threads sums are rounded differently
 _MUST_AGREE = ("train/loss", "eval/")  # timings differ between attempts, results must not
-MUST_AGREE_TOLERANCE = 1e-3  # relative above 1: other thread counts add in another order
+_METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # MLflow's limits
+_LOCAL = arrow_fs.LocalFileSystem()
 
 
 class MlflowSink:
-    """Delivers journal records to one MLflow run, which is made, or found by its claim, at the first delivery."""
+    """Delivers journal records to one MLflow run, which is created, or found by its claim, at the first delivery."""
 
     def __init__(
         self,
@@ -39,40 +49,45 @@ class MlflowSink:
         self._filesystem = filesystem
         self._run_folder = run_folder
         self._system_metrics = system_metrics
-        self._monitor: Any = None
-        self._client: Any = None
-        self._seen: dict[tuple[str, int], float] | None = None
-        self._artifacts_seen: set[str] = set()
+        self._monitor: SystemMetricsMonitor | None = None
+        self._client: MlflowClient | None = None
+        self._logged: dict[tuple[str, int], float] | None = None
+        self._uploaded = _UploadedFiles(self)
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self._lock, self._connecting = threading.Lock(), threading.Lock()
 
+    @property
+    def client(self) -> "MlflowClient":
+        """The client of the tracking store; `connect` or `open` was called before."""
+        assert self._client is not None
+        return self._client
+
     def write(self, records: Sequence[Record]) -> None:
-        """Deliver `records`; a (key, step) that the run already has is not logged again."""
+        """Deliver `records`. A (key, step) that the run already has, and a file that it already has, is not sent again."""
         self.open()
         try:
-            metrics = [record for record in records if record["kind"] == "metrics"]
-            self._write_metrics(metrics)
+            self._write_metrics([record for record in records if isinstance(record, MetricsRecord)])
         except Exception:
-            self._seen = None  # the server may have taken what it did not acknowledge: ask it before trying again
+            self._logged = None  # the server may have stored what it did not acknowledge: ask it before the next try
             raise
         for record in records:
-            if record["kind"] == "artifacts":
-                self._write_artifacts(record["folder"])
-            elif record["kind"] == "tags":
-                for key, value in record["tags"].items():
-                    self._client.set_tag(self.run_id, key, value)
+            match record:
+                case ArtifactsRecord():
+                    self._write_artifacts(record.folder)
+                case TagsRecord():
+                    for key, value in record.tags.items():
+                        self.client.set_tag(self.open(), key, value)
 
     def open(self) -> str:
-        """Make the run, or find it again; returns its id."""
+        """Create the MLflow run, or find it and complete its header; returns its id."""
         with self._lock:
             if self.run_id is None:
-                self._open()
-            assert self.run_id is not None
+                self.run_id = self._open()
             return self.run_id
 
-    def connect(self) -> None:
-        """Reach the tracking store, and make its tables and the experiment where they do not exist."""
+    def connect(self) -> str:
+        """Reach the tracking store, and create its tables and the experiment where they are missing; returns the experiment's id."""
         with self._connecting:
             if self.experiment_id is None:
                 quiet_mlflow()
@@ -80,168 +95,175 @@ class MlflowSink:
 
                 self._client = MlflowClient(tracking_uri=self._uri)
                 self.experiment_id = self._experiment()
+            return self.experiment_id
 
-    def _open(self) -> None:
-        if self.experiment_id is None:
-            self.connect()
-        experiment_id = self.experiment_id
-        assert experiment_id is not None
-        found = self._find()
-        if found is not None:
-            run_id = found.info.run_id
-            self._client.update_run(run_id, status="RUNNING")
+    def _open(self) -> str:
+        experiment_id = self.connect()
+        run = self._find()
+        resumed = run is not None
+        if run is None:
+            run = self.client.create_run(experiment_id, run_name=self._header.name, tags=dict(self._header.tags))
         else:
-            run_id = self._create(experiment_id)
-        self.run_id = run_id
-        if self._system_metrics:
-            self._start_monitor(run_id, resume=found is not None)
+            self.client.update_run(run.info.run_id, status="RUNNING")
+        if run.data.tags.get(HEADER_TAG) != "complete":
+            self._log_header(run)
+        if self._system_metrics and self._monitor is None:
+            from orchestrator.tracking.private import SystemMetricsMonitor
 
-    def _find(self) -> Any:
+            self._monitor = SystemMetricsMonitor(run.info.run_id, resume_logging=resumed, tracking_uri=self._uri)
+            self._monitor.start()
+        return run.info.run_id
+
+    def _find(self) -> "Run | None":
         claim = f"tags.`{CLAIM_TAG}` = '{self._header.claim}'"
-        found = self._client.search_runs([self.experiment_id], claim, max_results=1)
-        return found[0] if found else None
+        matches = self.client.search_runs([self.connect()], claim, max_results=1)
+        return matches[0] if matches else None
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(self._header.experiment)
-        if found is None:
+        name = self._header.experiment
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             try:
-                return self._client.create_experiment(self._header.experiment, artifact_location=self._artifact_root)
-            except MlflowException:  # another run was faster
-                found = self._client.get_experiment_by_name(self._header.experiment)
-        if found is None or found.lifecycle_stage != "active":
-            raise TrackingError(f"tracking.experiment: {self._header.experiment} is deleted on the server; restore it")
-        return found.experiment_id
+                return self.client.create_experiment(name, artifact_location=self._artifact_root)
+            except MlflowException:  # another run created it in between
+                experiment = self.client.get_experiment_by_name(name)
+        if experiment is None or experiment.lifecycle_stage != "active":
+            raise TrackingError(f"tracking.experiment: {name} is deleted on the server; restore it or choose another")
+        return experiment.experiment_id
 
-    def _create(self, experiment_id: str) -> str:
+    def _log_header(self, run: "Run") -> None:
+        """Log the parameters, dataset inputs and config that `run` lacks; the tag that says so comes last.
+
+        The server may have died in the middle of an earlier call, or the run may be of a version without the tag.
+        """
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        tags = dict(self._header.tags)
-        run_id = self._client.create_run(experiment_id, run_name=self._header.name, tags=tags).info.run_id
-        params = [Param(key, value) for key, value in self._header.params.items()]
-        for start in range(0, len(params), 100):  # MLflow's limit of parameters in one call
-            self._client.log_batch(run_id, params=params[start : start + 100])
-        inputs = [
-            DatasetInput(
-                Dataset(name=name, digest=digest, source_type=kind, source=json.dumps({"name": name})),
-                [InputTag("mlflow.data.context", context)],
-            )
-            for context, name, digest, kind in self._header.datasets
-        ]
-        self._client.log_inputs(run_id, datasets=inputs)
-        self._client.log_text(run_id, self._header.config_yaml, "config/experiment.yaml")
-        return run_id
+        run_id = run.info.run_id
+        params = [Param(key, value) for key, value in self._header.params.items() if key not in run.data.params]
+        for start in range(0, len(params), _PARAMS_PER_CALL):
+            self.client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
+        if run.inputs is None or not run.inputs.dataset_inputs:
+            inputs = []
+            for use in self._header.datasets:
+                name, kind = dataset_label(use.uri), "s3" if use.uri.startswith("s3://") else "local"
+                source = json.dumps({"name": name})
+                dataset = Dataset(name=name, digest=use.sha256[:36], source_type=kind, source=source)
+                inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", use.context)]))
+            self.client.log_inputs(run_id, datasets=inputs)
+        if not self.client.list_artifacts(run_id, "config"):
+            self.client.log_text(run_id, self._header.config_yaml, "config/experiment.yaml")
+        self.client.set_tag(run_id, HEADER_TAG, "complete")
 
-    def _start_monitor(self, run_id: str, *, resume: bool) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._monitor = SystemMetricsMonitor(run_id, resume_logging=resume, tracking_uri=self._uri)
-        self._monitor.start()
-
-    def _write_metrics(self, records: Sequence[Record]) -> None:
+    def _write_metrics(self, records: Sequence[MetricsRecord]) -> None:
         from mlflow.entities import Metric
 
-        seen = self._load_seen()
+        logged = self._logged_metrics()
         fresh: dict[tuple[str, int], Metric] = {}
         for record in records:
-            for key, value in record["metrics"].items():
-                known = seen.get((key, record["step"]))
+            for key, value in record.metrics.items():
+                known = logged.get((key, record.step))
                 if known is None:
-                    fresh.setdefault((key, record["step"]), Metric(key, value, record["time_ms"], record["step"]))
+                    fresh.setdefault((key, record.step), Metric(key, value, record.time_ms, record.step))
                 elif key.startswith(_MUST_AGREE) and abs(known - value) > MUST_AGREE_TOLERANCE * max(1.0, abs(known)):
-                    logger.warning("%s at step %d: kept %g, a later attempt says %g", key, record["step"], known, value)
+                    logger.warning(
+                        "%s at step %d: %g is logged, a later attempt has %g", key, record.step, known, value
+                    )
         items = list(fresh.items())
-        for start in range(0, len(items), _LARGEST_BATCH):
-            chunk = items[start : start + _LARGEST_BATCH]
-            self._client.log_batch(self.run_id, metrics=[metric for _, metric in chunk])
-            seen.update({place: metric.value for place, metric in chunk})
+        for start in range(0, len(items), _METRICS_PER_CALL):
+            chunk = items[start : start + _METRICS_PER_CALL]
+            self.client.log_batch(self.open(), metrics=[metric for _, metric in chunk])
+            logged.update({position: metric.value for position, metric in chunk})
 
-    def _load_seen(self) -> dict[tuple[str, int], float]:
-        if self._seen is None:
-            seen: dict[tuple[str, int], float] = {}
-            for key in self._client.get_run(self.run_id).data.metrics:
+    def _logged_metrics(self) -> dict[tuple[str, int], float]:
+        """(key, step) → value of everything the run has, read once."""
+        if self._logged is None:
+            logged: dict[tuple[str, int], float] = {}
+            for key in self.client.get_run(self.open()).data.metrics:
                 if not key.startswith("system/"):
-                    history = self._client.get_metric_history(self.run_id, key)
-                    seen.update({(key, metric.step): metric.value for metric in history})
-            self._seen = seen
-        return self._seen
+                    history = self.client.get_metric_history(self.open(), key)
+                    logged.update({(key, metric.step): metric.value for metric in history})
+            self._logged = logged
+        return self._logged
 
     def _write_artifacts(self, folder: str) -> None:
-        """Copy `folder` of the run's storage into the run's artifacts."""
-        if folder in self._artifacts_seen:
+        """Copy the files of `folder`, in the run's storage, into the run's artifacts, unless they are there."""
+        source = f"{self._run_folder}/{folder}"
+        if folder in self._uploaded.folders:
             return
         with tempfile.TemporaryDirectory() as local:
-            source = f"{self._run_folder}/{folder}"
-            arrow_fs.copy_files(source, local, source_filesystem=self._filesystem, destination_filesystem=_LOCAL)
-            self._client.log_artifacts(self.run_id, local)
-        self._artifacts_seen.add(folder)
+            try:
+                files = dict(_files_below(self._filesystem, source))
+                upload = self._uploaded.lacks(files)
+                if upload:
+                    arrow_fs.copy_files(
+                        source, local, source_filesystem=self._filesystem, destination_filesystem=_LOCAL
+                    )
+            except OSError as error:
+                if not is_final(error):
+                    raise
+                files, upload = {}, False
+            if not files:  # waiting would not bring it back, and would block the records behind it
+                logger.warning("artifacts: %s is gone from the run's storage, so MLflow does not get it", folder)
+            if upload:
+                self.client.log_artifacts(self.open(), local)
+        self._uploaded.folders.add(folder)
 
     def log_model(self, checkpoint: str, *, step: int) -> str:
-        """Keep the model of the folder `checkpoint` of the run's storage with the run, as a LoggedModel; returns its URI."""
+        """Log the checkpoint folder `checkpoint` of the run's storage as the run's LoggedModel; returns the model's URI."""
         from orchestrator.tracking.model import log_checkpoint
 
         return log_checkpoint(checkpoint, self._filesystem, run_id=self.open(), uri=self._uri, step=step)
 
-    def log_folder(self, folder: Path, place: str) -> None:
-        """Keep the files of a local folder among the run's artifacts, in `place`."""
-        self._client.log_artifacts(self.open(), str(folder), place)
-
-    def share_view(self, key: str, *, columns: Sequence[str], order_by: str, query: str) -> str:
-        """Keep a view of the experiment's table of runs in MLflow, as its own "share" button does; returns where it opens.
-
-        Args:
-            columns: as MLflow names them, "params.`a.b`" and "metrics.`c`".
-            query: which runs are shown.
-        """
-        state = {
-            **{"searchFilter": query, "orderByKey": order_by, "orderByAsc": False, "startTime": "ALL"},
-            **{"lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs"},
-            **{"selectedColumns": list(columns), "runsExpanded": {self.open(): True}},
-        }
-        self._client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(state))
-        return f"#/experiments/{self.experiment_id}/runs?viewStateShareKey={key}"
-
-    def children(self) -> list[Any]:
-        """The runs that have this one as their parent."""
-        query = f"tags.`mlflow.parentRunId` = '{self.open()}'"
-        return list(self._client.search_runs([self.experiment_id], query, max_results=5000))
-
-    def end_children(self, *, known: Sequence[str]) -> None:
-        """Mark children that are still running as KILLED, unless their name is `known`."""
-        for child in self.children():
-            if child.info.status == "RUNNING" and child.info.run_name not in known:
-                self._client.set_terminated(child.info.run_id, status="KILLED")
-
-    def record_child(self, *, name: str, params: Mapping[str, str], tags: Mapping[str, str], status: str) -> None:
-        """A child run that has nothing but this, unless there is one of this name already."""
-        from mlflow.entities import Param
-
-        if any(child.info.run_name == name for child in self.children()):
-            return
-        run = self._client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
-        self._client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
-        self._client.set_terminated(run.info.run_id, status=status)
+    def log_folder(self, folder: Path, target: str) -> None:
+        """Copy the files of a local folder into `target` of the run's artifacts."""
+        self.client.log_artifacts(self.open(), str(folder), target)
 
     def close(self, status: str) -> None:
         """End the run: FINISHED, FAILED or KILLED."""
         if self._monitor is not None:
             self._monitor.finish()
+            self._monitor = None
         if self.run_id is not None:
-            self._client.set_terminated(self.run_id, status=status)
+            self.client.set_terminated(self.run_id, status=status)
 
-    def summary(self) -> tuple[str, dict[str, float]]:
-        """The run's id and the newest value of every metric; the run is only looked at.
+    def summary(self) -> tuple[str, Mapping[str, float]]:
+        """The run's id and the newest value of every metric, without changing the run.
 
         Raises:
-            TrackingError: the run is not there.
+            TrackingError: the run is not in the tracking store.
         """
-        if self.run_id is None:
-            self.connect()
-        run = self._client.get_run(self.run_id) if self.run_id else self._find()
+        self.connect()
+        run = self.client.get_run(self.run_id) if self.run_id else self._find()
         if run is None:
-            raise TrackingError(f"run {self._header.name} is not in {without_secrets(self._uri)}, where it was logged")
+            raise TrackingError(
+                f"run {self._header.name} is not in {without_secrets(self._uri)}; give the tracking.uri it was logged to"
+            )
         return run.info.run_id, dict(run.data.metrics)
 
 
-_LOCAL = arrow_fs.LocalFileSystem()
+class _UploadedFiles:
+    """The files that a run's artifacts have, by folder; each folder is listed once, so that a restart sends nothing again."""
+
+    def __init__(self, sink: MlflowSink) -> None:
+        self._sink = sink
+        self._listed: dict[str, dict[str, int | None]] = {}
+        self.folders: set[str] = set()
+
+    def lacks(self, files: Mapping[str, int]) -> bool:
+        """Whether one of `files` (path → size) is not among the artifacts, or there with another size."""
+        return any(self._sizes(path.rpartition("/")[0]).get(path) != size for path, size in files.items())
+
+    def _sizes(self, folder: str) -> dict[str, int | None]:
+        if folder not in self._listed:
+            listed = self._sink.client.list_artifacts(self._sink.open(), folder or None)
+            self._listed[folder] = {item.path: item.file_size for item in listed if not item.is_dir}
+        return self._listed[folder]
+
+
+def _files_below(filesystem: arrow_fs.FileSystem, folder: str) -> Iterator[tuple[str, int]]:
+    """Path relative to `folder`, and size, of each file below it; none if there is no such folder."""
+    for info in filesystem.get_file_info(arrow_fs.FileSelector(folder, recursive=True, allow_not_found=True)):
+        if info.type == arrow_fs.FileType.File:
+            yield info.path[len(folder) :].lstrip("/"), info.size

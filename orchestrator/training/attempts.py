@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from orchestrator.ray_support.gauges import count_fault
 from orchestrator.ray_support.session import on_cluster
 from orchestrator.runs.journal import Journal, JournalReader
+from orchestrator.runs.records import FaultRecord, MetricsRecord, TagsRecord
 from orchestrator.tracking.addresses import without_secrets
 from orchestrator.training.failures import Decision, Failure, classify, decide
 from workloads.storage.checkpoint_store import CheckpointStore
@@ -35,21 +36,21 @@ class Attempts:
 
     def earlier(self) -> list[Failure]:
         """This command's failures so far."""
-        faults = [r for r in JournalReader(self.journal).read() if r["kind"] == "fault"]
-        return [Failure(**fault["failure"]) for fault in faults if fault["command"] == self.command]
+        faults = [record for record in JournalReader(self.journal).read() if isinstance(record, FaultRecord)]
+        return [Failure(**fault.failure) for fault in faults if fault.command == self.command]
 
     def record(self, failure: Failure) -> None:
         """Add a failure to the history, and to what people see: `fault/<kind>` counts, `run.faults` tells."""
         journal = Journal(self.journal)
-        journal.append({"kind": "fault", "command": self.command, "failure": dataclasses.asdict(failure)})
+        journal.append(FaultRecord(command=self.command, failure=dataclasses.asdict(failure)))
         if on_cluster():
             count_fault(self.storage.rpartition("/")[2], failure.kind)
         failures = self.earlier()
         count = sum(other.kind == failure.kind for other in failures)
-        stamp = {"step": _place(failure), "time_ms": int(time.time() * 1000)}
-        journal.append({"kind": "metrics", **stamp, "metrics": {f"fault/{failure.kind}": count}})
+        now = int(time.time() * 1000)
+        journal.append(MetricsRecord(step=_place(failure), time_ms=now, metrics={f"fault/{failure.kind}": count}))
         told = "; ".join(f"{f.kind} at step {_place(f)}: {f.reason}" for f in failures)
-        journal.append({"kind": "tags", "tags": {"run.faults": without_secrets(told)[-4000:]}})
+        journal.append(TagsRecord(tags={"run.faults": without_secrets(told)[-4000:]}))
 
     def _saved_step(self) -> int:
         with contextlib.suppress(OSError):

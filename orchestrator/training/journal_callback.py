@@ -6,6 +6,7 @@ import ray.train
 
 from orchestrator.ray_support.node_load import NODE, by_node
 from orchestrator.runs.journal import Journal
+from orchestrator.runs.records import ArtifactsRecord, MetricsRecord, Record
 
 _NOT_METRICS = ("step", "time_ms", "artifacts", NODE)
 
@@ -25,11 +26,11 @@ class JournalCallback(ray.train.UserCallback):
             self._journal.append(record)
 
 
-def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+def records_of(report: dict[str, Any]) -> list[Record]:
     """A worker's flat report as journal records."""
-    stamp = {"step": report["step"], "time_ms": report["time_ms"]}
+    step, time_ms = report["step"], report["time_ms"]
     metrics = {key: value for key, value in report.items() if key not in _NOT_METRICS}
-    records: list[dict[str, Any]] = [{"kind": "metrics", **stamp, "metrics": metrics}] if metrics else []
+    records: list[Record] = [MetricsRecord(step=step, time_ms=time_ms, metrics=metrics)] if metrics else []
     if "artifacts" in report:
-        records.append({"kind": "artifacts", **stamp, "folder": report["artifacts"]})
+        records.append(ArtifactsRecord(step=step, time_ms=time_ms, folder=report["artifacts"]))
     return records

@@ -18,7 +18,8 @@ from orchestrator.ray_support.spare_processes import order_first
 from orchestrator.runs.delivery import JournalDrain
 from orchestrator.runs.identity import Run, claim_run, finished_run, hold_run, mark_finished
 from orchestrator.runs.journal import Journal
-from orchestrator.runs.record import journal_of
+from orchestrator.runs.journal_access import open_journal
+from orchestrator.runs.records import TagsRecord
 from orchestrator.tracking.addresses import (
     TrackingError,
     artifact_root,
@@ -27,7 +28,7 @@ from orchestrator.tracking.addresses import (
     tracking_uri,
     without_secrets,
 )
-from orchestrator.tracking.header import run_header
+from orchestrator.tracking.header import DatasetUse, run_header
 from orchestrator.tracking.sink import MlflowSink
 from orchestrator.training.session import Session, Stopwatch, TrainingError, TrainOutcome
 from workloads.errors import ConfigError
@@ -58,15 +59,15 @@ def train(
         TrainingError: the run failed.
     """
     with watch.phase("preflight"):
-        manifests = check_request(experiment)
+        datasets = check_request(experiment)
         uri = tracking_uri(experiment)
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold_run(experiment))
-        run = claim_run(experiment, manifest_sha256=manifests["training"][1])
-        journal = stack.enter_context(journal_of(experiment, run))
+        run = claim_run(experiment, manifest_sha256=datasets[0].sha256)
+        journal = stack.enter_context(open_journal(experiment, run))
         quiet_mlflow()
         sink = MlflowSink(
-            run_header(experiment, run, manifests=manifests, tags=tags or {}),
+            run_header(experiment, run, datasets=datasets, tags=tags or {}),
             uri=uri,
             artifact_root=artifact_root(experiment),
             filesystem=run.filesystem,
@@ -101,7 +102,7 @@ def train(
         )
 
 
-def _wait_connected(connected: "Future[None]", uri: str) -> None:
+def _wait_connected(connected: "Future[str]", uri: str) -> None:
     try:
         connected.result()
     except TrackingError as error:
@@ -110,24 +111,23 @@ def _wait_connected(connected: "Future[None]", uri: str) -> None:
         raise TrainingError(f"tracking.uri: {without_secrets(uri)} does not answer: {sentence(error)}") from error
 
 
-def check_request(experiment: AnyExperiment) -> dict[str, tuple[str, str]]:
-    """Everything that can be known to fail before anything starts; returns context → (data URI, manifest SHA-256)."""
+def check_request(experiment: AnyExperiment) -> list[DatasetUse]:
+    """Check everything that can be known before anything starts; returns the datasets, that of the training first."""
     from workloads.loops.dispatch import preflight
 
     check = preflight(experiment.science, experiment.scaling.most_workers)
-    manifests = {"training": (experiment.data.uri, check.manifest_sha256)}
-    if experiment.evaluation.uri and check.evaluation_manifest_sha256:
-        manifests["evaluation"] = (experiment.evaluation.uri, check.evaluation_manifest_sha256)
-    return manifests
+    datasets = [DatasetUse(context="training", uri=experiment.data.uri, sha256=check.manifest_sha256)]
+    if experiment.evaluation.uri and (digest := check.evaluation_manifest_sha256):
+        datasets.append(DatasetUse(context="evaluation", uri=experiment.evaluation.uri, sha256=digest))
+    return datasets
 
 
 def _fit_and_record(session: Session) -> TrainOutcome:
     import ray
 
     sink, experiment = session.sink, session.experiment
-    began = {"kind": "tags", "time_ms": int(1000 * session.watch.began)}
     tags = {"ray.job_id": ray.get_runtime_context().get_job_id(), **_submission()}
-    Journal(session.journal).append({**began, "tags": tags})
+    Journal(session.journal).append(TagsRecord(tags=tags, time_ms=int(1000 * session.watch.began)))
     drain = JournalDrain(session.journal, sink)
     drain.start()
     status, ended = "FAILED", False

@@ -8,7 +8,7 @@ from orchestrator.experiments.load import load_experiment
 from orchestrator.experiments.spec import TrainExperiment
 from orchestrator.runs.identity import Run, hold_run
 from orchestrator.runs.identity import claim_run as claim
-from orchestrator.tracking.header import run_header
+from orchestrator.tracking.header import DatasetUse, run_header
 from workloads.errors import ConfigError
 
 
@@ -53,7 +53,8 @@ def test_params_and_tags_hold_no_secret_and_no_machine_path(experiment: Path) ->
     loaded = load_experiment(
         str(experiment), ["tracking.uri=https://me:hunter2@host/", "evaluation.uri=s3://key:hunter2@bucket/val"]
     )
-    header = run_header(loaded, claim_run(loaded), manifests={"training": (loaded.data.uri, "0" * 64)}, tags={})
+    data = DatasetUse(context="training", uri=loaded.data.uri, sha256="0" * 64)
+    header = run_header(loaded, claim_run(loaded), datasets=[data], tags={})
     text = " ".join([*header.params.values(), *header.tags.values(), header.config_yaml])
     assert "hunter2" not in text
     assert not any(value.startswith("/") for value in [*header.params.values(), *header.tags.values()])
