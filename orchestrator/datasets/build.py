@@ -1,7 +1,9 @@
-"""Building a dataset: list, place, write shards on Ray Data, drop duplicates, and commit the manifest last.
+"""Builds datasets of Parquet shards: `build_parts` lists a source, writes its shards, drops duplicates, and commits the manifest.
 
-All that decides a byte is planned before the first image is read, so a shard is the same whoever writes it and whenever.
-What a finished shard found out is kept beside it until the manifest stands: a build that was killed goes on from there.
+Everything that decides a byte of a shard is planned before the first image is read, so the result does not depend on which
+process writes a shard, or when. The result of each finished shard is stored beside the shards until the manifest is
+committed, as the last file: a build that was killed resumes from these results. `build_dataset` is the short form for a
+build without `val_share`.
 """
 
 import hashlib
@@ -19,7 +21,9 @@ import pyarrow as pa
 from orchestrator.datasets.commit import assemble, commit_manifest, delete_leftovers
 from orchestrator.datasets.layout import STATE_FOLDER, part_folder
 from orchestrator.datasets.shard_tasks import Executor, ShardTask, Tick, execute_here, execute_on_ray, ignore_progress
+from orchestrator.experiments.load import absolute_uri
 from orchestrator.ray_support import credentials
+from orchestrator.ray_support.errors import sentence
 from orchestrator.ray_support.session import join
 from orchestrator.storage import object_store
 from orchestrator.storage.locks import hold
@@ -31,43 +35,64 @@ from workloads.data.build.shards import (
     split_rows,
     without_repeated_ids,
 )
-from workloads.data.build.sources import list_source
+from workloads.data.build.sources import CaltechSourceConfig, CocoSourceConfig, list_source
 from workloads.data.store.manifest import MANIFEST_NAME, Manifest
 from workloads.errors import DataError
 from workloads.storage.filesystems import read_bytes, resolve_uri
 
 Progress = Callable[[int, int], None]
+"""Called with (images done, images in total)."""
 
 
 def build_dataset(build: BuildConfig, *, progress: Progress | None = None, on_ray: bool = False) -> Manifest:
-    """Convert a source to sharded Parquet; `progress` is told (images done, images in all).
-
-    Run again after a kill it goes on with the shards that are missing and ends with the same manifest. A bad image never
-    fails the build: it goes to the rejects table with the reason. With a `val_share` there are two datasets below the
-    output, `train` and `val`; the manifest of `train` is returned.
-
-    Args:
-        on_ray: write shards on Ray Data over the cluster; otherwise in this process, on all its cores.
-
-    Raises:
-        DataError: the source cannot be listed, nothing in it is an image, or the output cannot be written or holds
-            another dataset.
-    """
+    """Build as `build_parts` does, and return one manifest: that of the only part, or that of `train`."""
     return next(iter(build_parts(build, progress=progress, on_ray=on_ray).values()))
 
 
 def build_parts(build: BuildConfig, *, progress: Progress | None = None, on_ray: bool = False) -> dict[str, Manifest]:
-    """As `build_dataset`; returns the manifest of each part: of "", or of "train" and "val"."""
+    """Convert a source to sharded Parquet; returns the manifest of each part: of "", or of "train" and "val".
+
+    Run again after a kill, it writes only the shards that are missing and commits the same manifest. A bad image never
+    fails the build: it is listed in the rejects table with the reason. With a `val_share` there are two datasets below the
+    output, `train` and `val`.
+
+    Args:
+        on_ray: write shards as Ray Data tasks over the cluster; otherwise in this process, on all its cores.
+
+    Raises:
+        DataError: the source cannot be listed or has no images, or the output cannot be written or holds another dataset.
+    """
+    build = with_absolute_paths(build)
     with only_builder(build.output):
-        return _build_parts(build, progress, on_ray)
+        listing, about = list_source(build.source)
+        finished = _finished(build, about)
+        if finished is not None:
+            return finished
+        try:
+            return _write_parts(build, listing, about, progress, on_ray)
+        except OSError as error:
+            raise DataError(
+                f"{build.output}: cannot be written ({sentence(error)}); check free space, address and credentials"
+            ) from None
+
+
+def with_absolute_paths(build: BuildConfig) -> BuildConfig:
+    """`build` with absolute local paths: the workers of a cluster run in other folders."""
+    source = replace(build.source, inputs=tuple(absolute_uri(uri) for uri in build.source.inputs))
+    if isinstance(source, CocoSourceConfig | CaltechSourceConfig) and source.annotations is not None:
+        source = replace(source, annotations=absolute_uri(source.annotations))
+    regions = build.regions
+    if regions.panoptic is not None:
+        regions = replace(regions, panoptic=replace(regions.panoptic, masks=absolute_uri(regions.panoptic.masks)))
+    return replace(build, source=source, regions=regions, output=absolute_uri(build.output))
 
 
 @contextmanager
 def only_builder(output: str) -> Iterator[None]:
-    """See that the output can be written to, and that nobody else is building there.
+    """Check that the output can be written, and keep other builds out of it while the context lasts.
 
     Raises:
-        DataError: it cannot, or somebody is.
+        DataError: it cannot be written, or another build runs there.
     """
     if output.startswith("s3://"):
         object_store.preflight(output)
@@ -76,11 +101,9 @@ def only_builder(output: str) -> Iterator[None]:
         yield
 
 
-def _build_parts(build: BuildConfig, progress: Progress | None, on_ray: bool) -> dict[str, Manifest]:
-    listing, about = list_source(build.source)
-    finished = _finished(build, about)
-    if finished is not None:
-        return finished
+def _write_parts(
+    build: BuildConfig, listing: pa.Table, about: dict[str, Any], progress: Progress | None, on_ray: bool
+) -> dict[str, Manifest]:
     listing, repeated = without_repeated_ids(listing)
     parts = split_rows(listing, val_share=build.val_share)
     filesystem, root = resolve_uri(build.output)
@@ -89,7 +112,7 @@ def _build_parts(build: BuildConfig, progress: Progress | None, on_ray: bool) ->
     filesystem.create_dir(state, recursive=True)
     for part in parts:
         filesystem.create_dir(part_folder(root, part), recursive=True)
-    # No reader may see one build's manifest over another's shards.
+    # A reader must never see the manifest of one build over the shards of another.
     for part in parts:
         with suppress(FileNotFoundError):
             filesystem.delete_file(f"{part_folder(root, part)}/{MANIFEST_NAME}")
@@ -113,7 +136,7 @@ def _part_names(build: BuildConfig) -> tuple[str, ...]:
 
 
 def _work_key(build: BuildConfig, about: dict[str, Any]) -> str:
-    """What two runs of one build agree in, and what the state of another build must not be mistaken for."""
+    """A hash that two runs of the same build share, so that a resumed build never reads the state of another one."""
     key = {
         "source": to_dict(build.source),
         "build": build.describe(),
@@ -124,23 +147,27 @@ def _work_key(build: BuildConfig, about: dict[str, Any]) -> str:
 
 
 def _finished(build: BuildConfig, about: dict[str, Any]) -> dict[str, Manifest] | None:
-    """The manifests that already stand at the output if they are this build's; None if there is work to do."""
+    """The manifests at the output if they are all there and of this build; None if there is work to do.
+
+    Raises:
+        DataError: they are of another build, and `overwrite` is false.
+    """
     filesystem, root = resolve_uri(build.output)
-    found: dict[str, Manifest] = {}
+    existing: dict[str, Manifest] = {}
     for part in _part_names(build):
         with suppress(FileNotFoundError, NotADirectoryError):
             text = read_bytes(filesystem, f"{part_folder(root, part)}/{MANIFEST_NAME}")
-            found[part] = Manifest.from_json(text, name=f"{build.output}/{MANIFEST_NAME}")
+            existing[part] = Manifest.from_json(text, name=f"{build.output}/{MANIFEST_NAME}")
     if build.overwrite:
         return None
-    for manifest in found.values():
+    for manifest in existing.values():
         same_source = manifest.source.get("listing_sha256") == about["listing_sha256"]
         if manifest.build != build.describe() or not same_source:
             raise DataError(
-                f"{build.output}: holds another dataset ({manifest.sha256[:12]}); "
-                "give another output, or overwrite=true to replace it"
+                f"{build.output}: holds another dataset (manifest {manifest.sha256[:12]}); "
+                "choose another output, or set overwrite=true to replace it"
             )
-    return found if len(found) == len(_part_names(build)) else None
+    return existing if len(existing) == len(_part_names(build)) else None
 
 
 def _tasks(build: BuildConfig, parts: dict[str, pa.Table], state: str) -> list[ShardTask]:
@@ -149,7 +176,7 @@ def _tasks(build: BuildConfig, parts: dict[str, pa.Table], state: str) -> list[S
         for part, listing in parts.items()
         for index, rows in enumerate(place_rows(listing, seed=build.seed, rows_per_shard=build.rows_per_shard))
     ]
-    # Few shards leave cores idle unless each one uses several.
+    # With fewer shards than cores, each shard uses several.
     threads = max(1, -(-(os.cpu_count() or 1) // max(1, len(shards))))
     return [
         ShardTask(build=build, part=part, index=index, rows=rows, state=state, threads=threads)
@@ -170,12 +197,12 @@ def _counter(total: int, progress: Progress | None) -> Tick:
 
 
 def connect_ray(address: str) -> None:
-    """Join the Ray cluster at `address`, or start one in this process for "local"."""
+    """Join the Ray cluster at `address`, or start a local one for "local"."""
     import ray
 
     if not ray.is_initialized():
         dashboard = False if address == "local" else None
-        # Other nodes need the address and the credentials of the object store that this process has.
+        # Other nodes need this process's address and credentials of the object store.
         stores = credentials.gather(os.environ, s3=True)
         join(address, stores, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
 
@@ -183,9 +210,9 @@ def connect_ray(address: str) -> None:
 def _without_duplicates(
     tasks: list[ShardTask], results: dict[tuple[str, int], ShardResult], execute: Executor
 ) -> dict[tuple[str, int], ShardResult]:
-    """Write the shards that hold a copy of another image once more, without it.
+    """Write each shard that holds a copy of another image again without it; returns the new results.
 
-    The copy of the first path stays, in whichever part it is: a copy in both would leak from train into val.
+    The copy with the first path stays, whichever part it is in: the same image in both parts would leak from train into val.
     """
     copies: defaultdict[bytes, list[str]] = defaultdict(list)
     for result in results.values():

@@ -1,4 +1,4 @@
-"""Draws the region masks of a few images of a dataset over the images."""
+"""Draws a few images of a dataset with their region masks (`draw_regions`)."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from workloads.reports.region_overlays import draw_region_overlays
 
 
 def draw_regions(uri: str, target: str, *, name: str | None = None, count: int = 8) -> Path:
-    """Draw the first `count` images of the dataset at `uri` with their region masks, those of column `name` or all.
+    """Draw the first `count` images of the dataset at `uri` with the masks of column `name` (default: of all columns).
 
     Raises:
-        DataError: no dataset there, or it has no such regions.
+        DataError: there is no dataset, or it has no such column.
     """
     dataset = open_dataset(uri)
     names = [name] if name is not None else region_columns(dataset)

@@ -1,4 +1,4 @@
-"""Writes the shards of a dataset, in this process or as Ray Data tasks; a finished shard is not written again."""
+"""Writes the shards of a dataset: `execute_here` in this process, `execute_on_ray` as Ray Data tasks; skips finished shards."""
 
 import hashlib
 import os
@@ -12,25 +12,26 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from orchestrator.datasets.layout import shard_name
+from orchestrator.ray_support.errors import sentence
 from workloads.data.build.shards import (
     BuildConfig,
     ShardResult,
     write_shard,
 )
 from workloads.data.build.sources import column_reader, source_reader
-from workloads.errors import DataError
+from workloads.errors import DataError, UserError
 from workloads.storage.filesystems import atomic_write, read_bytes, resolve_uri, with_retries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """All that a worker anywhere needs to write one shard."""
+    """Everything that a worker on any node needs to write one shard."""
 
     build: BuildConfig
     part: str  # "", "train" or "val"
     index: int  # of the shard within its part
     rows: pa.Table
-    state: str  # folder, within the output's file system, of what finished shards found out
+    state: str  # folder, within the output's file system, of the results of finished shards
     threads: int
     excluded: frozenset[str] = frozenset()
 
@@ -41,7 +42,8 @@ class ShardTask:
 
 
 Tick = Callable[[int], None]
-"""Told how many more images are done."""
+"""Called with the number of images done since the last call."""
+
 Executor = Callable[[list[ShardTask], Tick], Iterator[tuple[ShardTask, ShardResult]]]
 
 
@@ -52,7 +54,11 @@ def execute_here(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTask
 
 
 def execute_on_ray(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTask, ShardResult]]:
-    """Write shards on Ray Data: one task a shard, over the whole cluster, results as they come."""
+    """Write shards as Ray Data tasks, one a shard, over the whole cluster; yields results in the order of completion.
+
+    Raises:
+        DataError: a shard cannot be written.
+    """
     import ray.data
 
     if not tasks:
@@ -66,26 +72,34 @@ def execute_on_ray(tasks: list[ShardTask], tick: Tick) -> Iterator[tuple[ShardTa
     )
     for row in written.iter_rows():
         task = tasks[row["number"]]
+        outcome: ShardResult | UserError = pickle.loads(row["outcome"])
+        if isinstance(outcome, UserError):
+            raise outcome
         tick(len(task.rows))
-        yield task, pickle.loads(row["result"])
+        yield task, outcome
 
 
 def ignore_progress(_: int) -> None:
-    return None
+    """Report no progress."""
 
 
 def _run_pickled(row: dict[str, Any]) -> dict[str, Any]:
-    return {"number": row["number"], "result": pickle.dumps(run_task(pickle.loads(row["task"])))}
+    outcome: ShardResult | UserError
+    try:
+        outcome = run_task(pickle.loads(row["task"]))
+    except UserError as error:  # returned, because of a raised one Ray Data passes on only the text of the traceback
+        outcome = error
+    return {"number": row["number"], "outcome": pickle.dumps(outcome)}
 
 
 def run_task(task: ShardTask, tick: Tick = ignore_progress) -> ShardResult:
-    """Write one shard, unless an earlier run of the same build has; safe to repeat.
+    """Write one shard, unless an earlier run of the same build has written it; safe to repeat.
 
     Raises:
         DataError: the output cannot be written.
     """
     filesystem, folder = resolve_uri(task.folder)
-    # Without its duplicates a shard is another one.
+    # A shard without its duplicates is another shard.
     suffix = hashlib.sha256("\0".join(sorted(task.excluded)).encode()).hexdigest()[:8] if task.excluded else "all"
     note = f"{task.state}/{task.part or 'dataset'}-{task.index:06d}-{suffix}.json"
     path = f"{folder}/{shard_name(task.index)}"
@@ -100,7 +114,9 @@ def run_task(task: ShardTask, tick: Tick = ignore_progress) -> ShardResult:
         with atomic_write(filesystem, note) as sink:
             sink.write(result.to_json().encode())
     except OSError as error:
-        raise DataError(f"{task.folder}: cannot be written ({error}); check space, address and credentials") from None
+        raise DataError(
+            f"{task.folder}: cannot be written ({sentence(error)}); check free space, address and credentials"
+        ) from None
     return result
 
 

@@ -1,4 +1,4 @@
-"""Counts, size histograms and rejects of a dataset, as numbers, as a picture and in MLflow."""
+"""Describes a dataset: `dataset_stats` counts images, sizes and rejects, `draw_stats` draws them, `log_stats` logs them to MLflow."""
 
 import csv
 import tempfile
@@ -19,7 +19,7 @@ from workloads.storage.filesystems import read_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetStats:
-    """Counts and distributions of a dataset."""
+    """Counts and distributions of a dataset; as text, a table of one line each."""
 
     uri: str
     sha256: str
@@ -27,7 +27,7 @@ class DatasetStats:
     num_bytes: int
     num_shards: int
     num_row_groups: int
-    row_group_bytes: tuple[int, int, int]  # least, median, largest
+    row_group_bytes: tuple[int, int, int]  # smallest, median, largest
     source: dict[str, Any]
     channel_mean: list[float]
     channel_std: list[float]
@@ -47,23 +47,23 @@ class DatasetStats:
         yield "bytes", f"{self.num_bytes / 2**20:,.1f} MiB, {self.num_bytes / self.num_images / 1024:,.1f} KiB an image"
         yield (
             "row groups",
-            f"{least / 1024:,.0f} / {median / 1024:,.0f} / {largest / 1024:,.0f} KiB (least/median/largest)",
+            f"{least / 1024:,.0f} / {median / 1024:,.0f} / {largest / 1024:,.0f} KiB (smallest/median/largest)",
         )
         yield (
             "size",
             f"{width}x{height} median, longer side {self.sizes_hw.max(1).min()} to {self.sizes_hw.max()} pixels",
         )
-        yield "mean, std", f"{_numbers(self.channel_mean)}, {_numbers(self.channel_std)} (RGB, of 1)"
-        yield "classes", _most(self.labels)
-        yield "objects", _most(self.categories)
-        yield "rejects", _most(self.rejects)
+        yield "mean, std", f"{_numbers(self.channel_mean)}, {_numbers(self.channel_std)} (RGB, 0 to 1)"
+        yield "classes", _most_common(self.labels)
+        yield "objects", _most_common(self.categories)
+        yield "rejects", _most_common(self.rejects)
 
 
 def _numbers(values: list[float]) -> str:
     return " ".join(f"{value:.3f}" for value in values)
 
 
-def _most(counts: Counter[str]) -> str:
+def _most_common(counts: Counter[str]) -> str:
     if not counts:
         return "none"
     named = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(5))
@@ -72,7 +72,7 @@ def _most(counts: Counter[str]) -> str:
 
 
 def dataset_stats(uri: str) -> DatasetStats:
-    """Counts, sizes and rejects of a dataset; reads all columns but the images.
+    """Count the images, sizes, classes, objects and rejects of a dataset; reads all columns except the images.
 
     Raises:
         DataError: there is no dataset, or a file of it cannot be read.
@@ -135,7 +135,7 @@ def _draw_bars(axis: Any, counts: Counter[str], title: str) -> None:
 
 
 def log_stats(stats: DatasetStats, run: str, *, tracking_uri: str | None = None) -> str:
-    """Keep the table and the figure with an MLflow run, under `report/data/`; returns the run's id.
+    """Add the table and the figure to an MLflow run, as artifacts under `report/data/`; returns the run's id.
 
     Raises:
         ConfigError: no such run or tracking store.

@@ -1,4 +1,4 @@
-"""Checking and describing a dataset that was built: every byte again, or a page about it."""
+"""Verifies datasets: `verify_dataset` reads every file again and checks hashes, row counts, ids, images and region masks."""
 
 import hashlib
 from collections import Counter
@@ -17,36 +17,35 @@ from workloads.data.store.region_codec import PREFIX, RegionsError, decode_regio
 from workloads.errors import DataError
 
 Progress = Callable[[int, int], None]
+"""Called with (images checked, images in total)."""
 
 _CHUNK = 8 << 20
 
 
 @dataclass(slots=True)
 class VerifyReport:
-    """What `verify_dataset` found."""
+    """Counts and faults of one dataset; as text, one line, or the first 20 faults."""
 
     num_images: int
-    decoded: int = 0
+    decoded: int = 0  # images whose pixels were decoded
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if self.faults:
             shown = "\n".join(self.faults[:20])
             more = f"\n… and {len(self.faults) - 20} more" if len(self.faults) > 20 else ""
-            return f"{len(self.faults)} faults:\n{shown}{more}"
+            return f"{len(self.faults)} fault{'s' * (len(self.faults) > 1)}:\n{shown}{more}"
         return f"sound: {self.num_images} images, every hash as listed, {self.decoded} decoded"
 
 
-def verify_dataset(
-    uri: str, *, progress: Progress | None = None, decode_share: float = 1.0, raise_on_fault: bool = True
-) -> VerifyReport:
-    """Read a dataset's files again: SHA-256, row counts, unique ids, and whether images decode.
+def verify_dataset(uri: str, *, progress: Progress | None = None, decode_share: float = 1.0) -> VerifyReport:
+    """Read all files of a dataset again and check SHA-256, row counts, unique ids, and whether images decode.
 
     Args:
         decode_share: share of the images to decode, chosen by a hash of their ids.
 
     Raises:
-        DataError: a fault was found (all of them are in the message); or there is no dataset.
+        DataError: there are faults (the message lists them), or there is no dataset.
     """
     dataset = open_dataset(uri)
     report = VerifyReport(num_images=dataset.num_images)
@@ -60,9 +59,9 @@ def verify_dataset(
             done += shard.rows
             if progress is not None:
                 progress(done, dataset.num_images)
-    report.faults += [f"image id {name!r} stands {count} times" for name, count in ids.items() if count > 1]
-    if report.faults and raise_on_fault:
-        raise DataError(f"{uri}: {report}; restore the files named or build again")
+    report.faults += [f"image id {name!r} occurs {count} times" for name, count in ids.items() if count > 1]
+    if report.faults:
+        raise DataError(f"{uri}: {report}; restore the files named, or build again")
     return report
 
 
@@ -84,7 +83,7 @@ def _check_hash(dataset: Dataset, entry: FileEntry, report: VerifyReport) -> boo
 def _check_rows(
     dataset: Dataset, shard: int, decode_share: float, pool: ThreadPoolExecutor, report: VerifyReport
 ) -> list[str]:
-    """The shard's image ids; faults go to the report."""
+    """The image ids of a shard; faults are added to the report."""
     entry, ids = dataset.manifest.shards[shard], []
     first = int(dataset.row_groups.first[shard])
     try:
@@ -95,8 +94,11 @@ def _check_rows(
             for group in range(parquet.num_row_groups):
                 masks = [name for name in parquet.schema_arrow.names if name.startswith(PREFIX)]
                 table = parquet.read_row_group(group, columns=["image", "image_id", "width", "height", *masks])
-                if len(table) != int(dataset.row_groups.rows[first + group]):
-                    report.faults.append(f"{entry.name}: row group {group} has {len(table)} rows, unlike the index")
+                indexed = int(dataset.row_groups.rows[first + group])
+                if len(table) != indexed:
+                    report.faults.append(
+                        f"{entry.name}: row group {group} has {len(table)} rows, the index says {indexed}"
+                    )
                 ids += table["image_id"].to_pylist()
                 _check_images(entry.name, table, decode_share, pool, report)
     except (OSError, pa.ArrowException, IndexError) as error:
@@ -119,7 +121,7 @@ def _check_images(
 
 
 def _fault_of(row: dict[str, Any]) -> str | None:
-    """What is wrong with the pixels or the masks of one row."""
+    """Why the pixels or the masks of one row cannot be used, or None."""
     if row["image"]["bytes"] is None:
         return "has no bytes"
     try:

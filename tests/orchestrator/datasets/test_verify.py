@@ -29,10 +29,10 @@ def built(tmp_path):
 
 
 def test_a_sound_dataset(built):
-    told = []
-    report = verify_dataset(str(built), progress=lambda done, total: told.append((done, total)))
+    calls = []
+    report = verify_dataset(str(built), progress=lambda done, total: calls.append((done, total)))
     assert str(report) == "sound: 18 images, every hash as listed, 18 decoded"
-    assert told[-1] == (18, 18)
+    assert calls[-1] == (18, 18)
     assert 0 < verify_dataset(str(built), decode_share=0.5).decoded < 18
 
 
@@ -41,9 +41,18 @@ def test_a_flipped_byte_is_found_though_sizes_agree(built):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"shard-000001\.parquet: does not match its SHA-256"):
+    with pytest.raises(DataError, match=r": 1 fault:\nshard-000001\.parquet: does not match its SHA-256;"):
         verify_dataset(str(built))
-    assert len(verify_dataset(str(built), raise_on_fault=False).faults) == 1
+
+
+def test_a_folder_of_two_datasets_names_them(tmp_path):
+    source = make_folder(tmp_path / "images", classes=3, per_class=6)
+    folder = FolderSourceConfig(inputs=(str(source),))
+    build_dataset(BuildConfig(source=folder, output=str(tmp_path / "out"), val_share=0.3))
+    with pytest.raises(DataError) as caught:
+        dataset_stats(str(tmp_path / "out"))
+    out = tmp_path / "out"
+    assert str(caught.value) == f"{out}: holds no manifest.json, but two datasets: name {out}/train or {out}/val"
 
 
 def test_stats(built, tmp_path):

@@ -190,6 +190,8 @@ def write_shard(
         prepared = _map_ahead(pool, prepare, listed, 4 * threads)
         for group in _row_groups(rows, prepared, build, written, tick):
             writer.write_table(group, row_group_size=len(group))
+            hashing.check()
+    hashing.check()
     return ShardResult(
         size=hashing.size,
         sha256=hashing.sha256.hexdigest(),
@@ -262,10 +264,15 @@ def _extents(metadata: pq.FileMetaData) -> Iterator[tuple[int, int, int]]:
 
 
 class _HashingSink(io.RawIOBase):
-    """Counts and hashes what passes through on its way to another file."""
+    """Counts and hashes the bytes on their way to `sink`.
+
+    An error of `sink` is stored for `check` to raise, and the bytes after it are dropped: pyarrow cannot close a writer
+    whose file has failed, and would raise an error about its footer instead.
+    """
 
     def __init__(self, sink: BinaryIO) -> None:
         self._sink = sink
+        self._error: OSError | None = None
         self.sha256 = hashlib.sha256()
         self.size = 0
 
@@ -274,9 +281,18 @@ class _HashingSink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
-        self._sink.write(data)
+        if self._error is None:
+            try:
+                self._sink.write(data)
+            except OSError as error:
+                self._error = error
         self.size += len(memoryview(data).cast("B"))
         return len(memoryview(data).cast("B"))
 
     def tell(self) -> int:
         return self.size
+
+    def check(self) -> None:
+        """Raise the error of the first write that failed, if one did."""
+        if self._error is not None:
+            raise self._error

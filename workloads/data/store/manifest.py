@@ -147,7 +147,11 @@ def open_dataset(uri: str) -> Dataset:
     except (FileNotFoundError, NotADirectoryError):
         if isinstance(filesystem, pafs.S3FileSystem) and not _exists(filesystem, root.partition("/")[0]):
             raise DataError(f"{uri}: the bucket does not exist; mend data.uri or AWS_ENDPOINT_URL") from None
-        raise DataError(f"{uri}: holds no {MANIFEST_NAME}; {_HOW_TO_BUILD}, or mend data.uri") from None
+        if parts := _datasets_below(filesystem, root):
+            named = " or ".join(f"{uri.rstrip('/')}/{part}" for part in parts)
+            many = "two datasets" if len(parts) == 2 else f"{len(parts)} datasets" if len(parts) > 1 else "a dataset"
+            raise DataError(f"{uri}: holds no {MANIFEST_NAME}, but {many}: name {named}") from None
+        raise DataError(f"{uri}: holds no {MANIFEST_NAME}; {_HOW_TO_BUILD}, or name another folder") from None
     except OSError as error:
         raise DataError(
             f"{uri}: {MANIFEST_NAME} cannot be read ({error}); check AWS_ENDPOINT_URL and credentials"
@@ -156,6 +160,20 @@ def open_dataset(uri: str) -> Dataset:
     _check_sizes(uri, filesystem, root, manifest)
     row_groups = _read_row_groups(uri, filesystem, root, manifest)
     return Dataset(uri=uri, filesystem=filesystem, root=root, manifest=manifest, row_groups=row_groups)
+
+
+def _datasets_below(filesystem: pafs.FileSystem, root: str) -> list[str]:
+    """Names of the folders in `root` that are datasets, as a build with `val_share` leaves them; a few at most."""
+    try:
+        folders = [
+            info.base_name
+            for info in filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+            if info.type == pafs.FileType.Directory
+        ]
+    except OSError:
+        return []
+    folders = sorted(folders, key=lambda name: (name not in ("train", "val"), name))[:8]
+    return [name for name in folders if _exists(filesystem, f"{root}/{name}/{MANIFEST_NAME}")]
 
 
 def _exists(filesystem: pafs.FileSystem, path: str) -> bool:
