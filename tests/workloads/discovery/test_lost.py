@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.oracles.discovery import lost_box, tokencut_box
 from workloads.discovery.components import FeaturesError, box_around, component_of, largest_component
@@ -69,11 +71,38 @@ def test_batch_order_is_irrelevant(method: object) -> None:
     assert torch.equal(alone, found.boxes_xyxy)
 
 
-def test_a_large_batch_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = maps("shared", (4, 5), 9, torch.float64, 3)
-    whole = lost(features, (4, 5))
-    monkeypatch.setattr("workloads.discovery.lost._LARGEST_CHUNK", 2 * 20 * 20)
-    assert torch.equal(lost(features, (4, 5)).boxes_xyxy, whole.boxes_xyxy)
+@pytest.mark.parametrize("held", [2 * 20 * 20, 7 * 20, 1])
+def test_a_large_batch_and_a_large_image_go_in_parts(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images at a time, seven rows of A at a time, and one: the boxes of the oracle each time."""
+    features = torch.cat([maps(kind, (4, 5), 20, torch.float64, 3) for kind in ("shared", "block", "ties")])
+    monkeypatch.setattr("workloads.discovery.lost._LARGEST_CHUNK", held)
+    compared = 0
+    for k in (3, 100):
+        boxes = lost(features, (4, 5), LostConfig(k=k)).boxes_xyxy.tolist()
+        for box, one in zip(boxes, features.numpy(), strict=True):
+            expected = lost_box(one, (4, 5), k)
+            if expected is not None:
+                compared += 1
+                assert tuple(box) == expected, k
+    assert compared > 60
+
+
+def test_lost_holds_no_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor of an image of 3,000 cells is a block of rows, not 3,000²."""
+    monkeypatch.setattr("workloads.discovery.lost._LARGEST_CHUNK", 1 << 16)
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal largest
+            result = function(*arguments, **(keywords or {}))
+            largest = max([largest, *[x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]])
+            return result
+
+    features = torch.randn(1, 3000, 8, generator=torch.Generator().manual_seed(0))
+    with Largest():
+        lost(features, (50, 60))
+    assert largest <= 1 << 16
 
 
 def test_half_precision_is_computed_in_float32() -> None:
