@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workloads.config import config
 from workloads.data.views.counter_random import stream, text_keys, uniform
-from workloads.discovery.components import FeaturesError, Found, box_around, checked, largest_component
+from workloads.discovery.components import FeaturesError, ObjectRegions, box_around, checked, largest_component
 
 
 @config
@@ -48,7 +48,7 @@ class FelzenszwalbConfig:
     """Smallest region that counts, and that is made, as a share of the image."""
 
 
-def cls_attention(attention: Tensor, grid_hw: tuple[int, int], settings: ClsAttentionConfig | None = None) -> Found:
+def cls_attention(attention: Tensor, grid_hw: tuple[int, int], settings: ClsAttentionConfig | None = None) -> ObjectRegions:
     """One box an image from the last block's CLS attention, (B, heads, N).
 
     Raises:
@@ -63,7 +63,7 @@ def cls_attention(attention: Tensor, grid_hw: tuple[int, int], settings: ClsAtte
     values, order = weights.sort(dim=1, stable=True)
     kept = (values / values.sum(1, keepdim=True)).cumsum(1) > 1 - settings.mass
     masks = largest_component(torch.zeros_like(kept).scatter_(1, order, kept).unflatten(1, grid_hw))
-    return Found(
+    return ObjectRegions(
         boxes_xyxy=box_around(masks),
         masks=masks,
         seeds=weights.argmax(1),

@@ -14,7 +14,7 @@ class FeaturesError(RunFailedError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class ObjectRegions:
     """One region an image, on its grid of h × w cells."""
 
     boxes_xyxy: Tensor  # int64 (B, 4), cells, half-open

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from workloads.config import config
-from workloads.discovery.components import Found, box_around, checked, component_of
+from workloads.discovery.components import ObjectRegions, box_around, checked, component_of
 
 _LARGEST_CHUNK = 1 << 26
 """Similarities held at a time, 256 MiB of float32: images of a batch, or rows of one image's A, beyond it go in parts."""
@@ -25,7 +25,7 @@ class LostConfig:
     """Number of patches of lowest degree that may vote with the seed; of an image with fewer patches, all may."""
 
 
-def lost(features: Tensor, grid_hw: tuple[int, int], settings: LostConfig | None = None) -> Found:
+def lost(features: Tensor, grid_hw: tuple[int, int], settings: LostConfig | None = None) -> ObjectRegions:
     """One box an image.
 
     Ties of degree go to the patch that comes first, row by row. A seed without similarity even to itself (a zero vector) is a
@@ -47,7 +47,7 @@ def lost(features: Tensor, grid_hw: tuple[int, int], settings: LostConfig | None
     seeds, degrees, votes = (torch.cat(column) for column in zip(*parts, strict=True))
     masks = component_of(votes.unflatten(1, grid_hw), seeds)
     scores = 1 - degrees.float() / max(1, n - 1)
-    return Found(boxes_xyxy=box_around(masks), masks=masks, seeds=seeds, scores=scores)
+    return ObjectRegions(boxes_xyxy=box_around(masks), masks=masks, seeds=seeds, scores=scores)
 
 
 def _seed_and_votes(features: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,10 +85,10 @@ def _degrees(features: Tensor) -> Tensor:
     return torch.cat(degrees, dim=1)
 
 
-def _nothing(features: Tensor, grid_hw: tuple[int, int]) -> Found:
+def _nothing(features: Tensor, grid_hw: tuple[int, int]) -> ObjectRegions:
     zeros = torch.zeros(0, dtype=torch.int64, device=features.device)
     masks = zeros.new_zeros((0, *grid_hw), dtype=torch.bool)
-    return Found(boxes_xyxy=zeros.new_zeros((0, 4)), masks=masks, seeds=zeros, scores=zeros.float())
+    return ObjectRegions(boxes_xyxy=zeros.new_zeros((0, 4)), masks=masks, seeds=zeros, scores=zeros.float())
 
 
 def whole_map_norm(maps: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from workloads.config import config
-from workloads.discovery.components import Found, box_around, checked, component_of
+from workloads.discovery.components import ObjectRegions, box_around, checked, component_of
 
 
 @config
@@ -24,7 +24,7 @@ class TokenCutConfig:
     """Weight between all others, which keeps the graph in one piece."""
 
 
-def tokencut(features: Tensor, grid_hw: tuple[int, int], settings: TokenCutConfig | None = None) -> Found:
+def tokencut(features: Tensor, grid_hw: tuple[int, int], settings: TokenCutConfig | None = None) -> ObjectRegions:
     """One box an image, as from `lost`; the score is 1. In float64, because eps is small beside a degree.
 
     An image whose patches are all joined alike has no cut: it is taken whole.
@@ -44,7 +44,7 @@ def tokencut(features: Tensor, grid_hw: tuple[int, int], settings: TokenCutConfi
     seeds, sides = (torch.cat(column) for column in zip(*parts, strict=True))
     masks = component_of(sides.unflatten(1, grid_hw), seeds)
     scores = torch.ones(len(features), device=features.device)
-    return Found(boxes_xyxy=box_around(masks), masks=masks, seeds=seeds, scores=scores)
+    return ObjectRegions(boxes_xyxy=box_around(masks), masks=masks, seeds=seeds, scores=scores)
 
 
 def _cut(features: Tensor, settings: TokenCutConfig) -> tuple[Tensor, Tensor]:

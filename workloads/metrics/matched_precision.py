@@ -10,13 +10,13 @@ import numpy as np
 
 from workloads.data.store.annotations import Annotations
 from workloads.data.store.objects import Objects
-from workloads.discovery.pseudo_boxes import FoundBoxes
+from workloads.discovery.pseudo_boxes import BoxTable
 from workloads.metrics.average_precision import DetectionTable, Truth, evaluate_with_pycocotools
 from workloads.metrics.corloc import CorLocConfig, iou_of
 
 
 def fit_match(
-    boxes: FoundBoxes, truth: Mapping[str, Annotations], settings: CorLocConfig | None = None
+    boxes: BoxTable, truth: Mapping[str, Annotations], settings: CorLocConfig | None = None
 ) -> dict[str, str]:
     """Cluster → class, so that as many boxes as possible lie on an object of the class of their cluster.
 
@@ -43,7 +43,7 @@ def fit_match(
 
 
 def matched_precision(
-    boxes: FoundBoxes, truth: Mapping[str, Annotations], match: Mapping[str, str]
+    boxes: BoxTable, truth: Mapping[str, Annotations], match: Mapping[str, str]
 ) -> dict[str, float]:
     """AP50 of every class that has an object in `truth`, by name, and their mean as `mean`; a class without a cluster has 0.
 

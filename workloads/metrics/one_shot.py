@@ -139,7 +139,7 @@ def measure(
         objects: of each image, in the dataset's order.
     """
     queries = choose_queries(objects, protocol)
-    looked_for = embed_queries(models, batches, queries, protocol)
+    queried = embed_queries(models, batches, queries, protocol)
     scores: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     order: list[int] = []
     items = list(objects.values())
@@ -149,7 +149,7 @@ def measure(
         size = _sizes(queries, rows, items, protocol.view_size)
         truth, asked, size = (t.to(views.device) for t in (truth, asked, size))
         order += rows
-        for name, maps in _maps(models, views, here, looked_for, rows, protocol):
+        for name, maps in _maps(models, views, here, queried, rows, protocol):
             boxes, found = boxes_at_peaks(maps, size, protocol)
             best = cell_centers((protocol.grid,) * 2, (protocol.view_size,) * 2, maps.device)[maps.flatten(1).argmax(1)]
             scores[name].append((average_precision_50(boxes, found, truth, asked), _inside(best, truth, asked)))
@@ -207,7 +207,7 @@ def _by_image(
 
 
 @dataclass(slots=True)
-class LookedFor:
+class QueryEmbeddings:
     """What is known of the queries."""
 
     embeddings: dict[str, Tensor]  # model → (Q, D), of unit length
@@ -219,7 +219,7 @@ def embed_queries(
     batches: Callable[[], Iterable[ImageBatch]],
     queries: Sequence[Query],
     protocol: OneShotConfig,
-) -> LookedFor:
+) -> QueryEmbeddings:
     """The crops of all queries, embedded by each model, in one pass over the images."""
     parts: defaultdict[str, list[Tensor]] = defaultdict(list)
     order: list[int] = []
@@ -233,23 +233,23 @@ def embed_queries(
     place = torch.argsort(torch.tensor(order), stable=True)
     joined = {name: torch.cat(values)[place.to(values[0].device)] for name, values in parts.items()}
     colours = joined.pop("", torch.zeros(0, 6))
-    return LookedFor(joined, colours)
+    return QueryEmbeddings(joined, colours)
 
 
 def _maps(
     models: Mapping[str, GridModel],
     views: Tensor,
     image: Tensor,
-    looked_for: LookedFor,
+    queried: QueryEmbeddings,
     rows: Sequence[int],
     protocol: OneShotConfig,
 ) -> Iterator[tuple[str, Tensor]]:
     """(model, float32 (q, grid, grid)): the mean map of each query in its image."""
     number = torch.tensor(rows, device=views.device)
     for name, model in models.items():
-        yield name, similarity(model, views, looked_for.embeddings[name][number], image, protocol)
+        yield name, similarity(model, views, queried.embeddings[name][number], image, protocol)
     for window in protocol.pixel_windows:
-        every = colour_maps(views, looked_for.colours[number][None].expand(len(views), -1, -1), window, protocol.grid)
+        every = colour_maps(views, queried.colours[number][None].expand(len(views), -1, -1), window, protocol.grid)
         yield f"pixel_{window}", every[image, torch.arange(len(image), device=image.device)]
     center = cell_centers((protocol.grid,) * 2, (1, 1), views.device) - 0.5
     yield "center", -center.square().sum(-1).reshape(1, protocol.grid, protocol.grid).expand(len(rows), -1, -1)

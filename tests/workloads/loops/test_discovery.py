@@ -170,14 +170,12 @@ def test_features_that_are_not_finite_name_the_images(coco: dict[str, str], tmp_
 
 
 def test_boxes_of_another_program_are_measured(coco: dict[str, str], tmp_path: Path) -> None:
-    import pickle
-
     truth = read_annotations(open_dataset(coco["val"]))
-    found = {f"{name}.jpg": item.boxes_xyxy[0].astype(np.int64) for name, item in truth.items() if len(item.boxes_xyxy)}
+    found = {f"{name}.jpg": item.boxes_xyxy[0].tolist() for name, item in truth.items() if len(item.boxes_xyxy)}
     left_out = sorted(found)[0]
     del found[left_out]
-    (tmp_path / "preds.pkl").write_bytes(pickle.dumps(found))
-    figures = complete(settings_of(coco["val"], "methods=[file]", f"file={tmp_path / 'preds.pkl'}"), tmp_path / "out")
+    (tmp_path / "preds.json").write_text(json.dumps(found))
+    figures = complete(settings_of(coco["val"], "methods=[file]", f"file={tmp_path / 'preds.json'}"), tmp_path / "out")
     assert figures["eval/corloc"] == pytest.approx(11 / 12)
     assert len(read_boxes(str(tmp_path / "out" / "file" / "boxes.json"))) == 11
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.workloads.metrics.test_corloc import truth as annotated
 from workloads.data.store.annotations import Annotations
-from workloads.discovery.pseudo_boxes import FoundBoxes
+from workloads.discovery.pseudo_boxes import BoxTable
 from workloads.metrics.matched_precision import fit_match, matched_precision
 
 pytest.importorskip("pycocotools")
@@ -25,8 +25,8 @@ def named(name: str, *boxes: tuple[float, float, float, float]) -> Annotations:
     )
 
 
-def found(rows: list[tuple[str, tuple[float, float, float, float], float, str]]) -> FoundBoxes:
-    return FoundBoxes(
+def found(rows: list[tuple[str, tuple[float, float, float, float], float, str]]) -> BoxTable:
+    return BoxTable(
         image_ids=tuple(r[0] for r in rows),
         boxes_xyxy=np.array([r[1] for r in rows], dtype=np.float64).reshape(-1, 4),
         scores=np.array([r[2] for r in rows]),

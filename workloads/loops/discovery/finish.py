@@ -21,7 +21,7 @@ from workloads.data.store.annotations import Annotations, read_annotations
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.objects import AGNOSTIC, Objects
 from workloads.discovery.clustering import cluster, cluster_names
-from workloads.discovery.pseudo_boxes import FoundBoxes, read_boxes, write_coco_results, write_parquet
+from workloads.discovery.pseudo_boxes import BoxTable, read_boxes, write_coco_results, write_parquet
 from workloads.errors import RunFailedError
 from workloads.loops.discovery.job import RECORD, DiscoverConfig, Job, Method, finished_record, prepare
 from workloads.loops.discovery.worker import PartWorker
@@ -46,10 +46,10 @@ class DiscoveryError(RunFailedError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Discovered:
+class DiscoveryResult:
     """What a discovery found."""
 
-    boxes: Mapping[Method, FoundBoxes]
+    boxes: Mapping[Method, BoxTable]
     figures: Mapping[str, float]  # under their tracking keys
     undecodable: tuple[str, ...]
 
@@ -84,7 +84,7 @@ def discover(settings: DiscoverConfig, runtime: Runtime, output: str) -> dict[st
     return figures
 
 
-def finish(job: Job, pictures: Path, *, timings: Mapping[str, float] | None = None) -> Discovered:
+def finish(job: Job, pictures: Path, *, timings: Mapping[str, float] | None = None) -> DiscoveryResult:
     """Join the parts and write to the job's output: `METHOD/boxes.parquet`, `METHOD/boxes.json`, `figures.json`, `discovery.yaml`.
 
     Args:
@@ -128,7 +128,7 @@ def finish(job: Job, pictures: Path, *, timings: Mapping[str, float] | None = No
     _put_text(json.dumps(record, indent=1) + "\n", f"{root}/{RECORD}")
     filesystem, parts = job.state
     filesystem.delete_dir(parts)
-    return Discovered(boxes=found, figures=figures, undecodable=undecodable)
+    return DiscoveryResult(boxes=found, figures=figures, undecodable=undecodable)
 
 
 def _put_text(text: str, uri: str) -> None:
@@ -169,10 +169,10 @@ def _rows_of(table: pa.Table, method: Method) -> pa.Table:
     return table.filter(pc.equal(table["method"], method))
 
 
-def _boxes_of(table: pa.Table, method: Method) -> FoundBoxes:
+def _boxes_of(table: pa.Table, method: Method) -> BoxTable:
     rows = _rows_of(table, method)
     rows = rows.filter(pc.is_valid(rows["x0"]))
-    return FoundBoxes(
+    return BoxTable(
         image_ids=tuple(rows["image_id"].to_pylist()),
         boxes_xyxy=np.stack([rows[side].to_numpy().astype(np.float64) for side in ("x0", "y0", "x1", "y1")], axis=1),
         scores=rows["score"].to_numpy().astype(np.float64),
@@ -188,7 +188,7 @@ def _clusters_of(table: pa.Table, method: Method, settings: DiscoverConfig) -> l
 
 
 def measure(
-    found: Mapping[Method, FoundBoxes], truth: Mapping[str, Annotations], settings: DiscoverConfig
+    found: Mapping[Method, BoxTable], truth: Mapping[str, Annotations], settings: DiscoverConfig
 ) -> tuple[dict[Method, Hits], dict[str, float]]:
     """Hits, and figures under their tracking keys; none where no image has an object.
 
@@ -211,7 +211,7 @@ def measure(
 
 
 def _by_class(
-    boxes: FoundBoxes, truth: Mapping[str, Annotations], settings: DiscoverConfig
+    boxes: BoxTable, truth: Mapping[str, Annotations], settings: DiscoverConfig
 ) -> dict[str, dict[str, Any]]:
     """The match of clusters to classes, and AP50 of each class; nothing where no match is asked for."""
     if settings.match.boxes is None or settings.match.uri is None:
@@ -223,7 +223,7 @@ def _by_class(
     return {"match": match, "ap50": {name: value for name, value in ap50.items() if np.isfinite(value)}}
 
 
-def agnostic_precision(boxes: FoundBoxes, truth: Mapping[str, Annotations], settings: CorLocConfig) -> dict[str, float]:
+def agnostic_precision(boxes: BoxTable, truth: Mapping[str, Annotations], settings: CorLocConfig) -> dict[str, float]:
     """Class-agnostic `ap`, `ap50` with its interval, and `ar100` (pycocotools), every object being of one category."""
     ids = sorted(truth)
     place = {image_id: i for i, image_id in enumerate(ids)}
@@ -255,7 +255,7 @@ def _as_objects(truth: Annotations) -> Objects:
 def _draw(
     settings: DiscoverConfig,
     dataset: Dataset,
-    found: Mapping[Method, FoundBoxes],
+    found: Mapping[Method, BoxTable],
     truth: Mapping[str, Annotations],
     hits: Mapping[Method, Hits],
     folder: Path,
@@ -293,7 +293,7 @@ def _pictures(settings: DiscoverConfig, dataset: Dataset, limit: int) -> Iterato
 
 
 def _cluster_crops(
-    settings: DiscoverConfig, dataset: Dataset, boxes: FoundBoxes
+    settings: DiscoverConfig, dataset: Dataset, boxes: BoxTable
 ) -> dict[str, tuple[int, list[np.ndarray]]]:
     """Category → how many boxes it has, and pixels of its first ones, the largest categories first."""
     counts = collections.Counter(boxes.categories)

@@ -17,7 +17,7 @@ from workloads.data.store.objects import AGNOSTIC
 from workloads.data.views.detection import make_detection_views
 from workloads.data.views.resampling import crop_boxes
 from workloads.discovery import baselines
-from workloads.discovery.components import FeaturesError, Found
+from workloads.discovery.components import FeaturesError, ObjectRegions
 from workloads.discovery.features import PatchExtractor, PatchFeatures, cells_to_pixels, same_size_groups
 from workloads.discovery.lost import lost
 from workloads.discovery.pseudo_boxes import read_boxes
@@ -182,7 +182,7 @@ def reading(settings: DiscoverConfig) -> DataConfig:
     return DataConfig(uri=settings.uri, decode_size=settings.long_side, decode_threads=settings.decode_threads)
 
 
-def find(method: Method, patches: PatchFeatures, settings: DiscoverConfig) -> Found:
+def find(method: Method, patches: PatchFeatures, settings: DiscoverConfig) -> ObjectRegions:
     """The regions that a method of `NEEDS_TRUNK` finds in patch features."""
     if method == "lost":
         return lost(patches.features, patches.grid_hw, settings.lost)
