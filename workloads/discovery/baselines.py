@@ -48,7 +48,9 @@ class FelzenszwalbConfig:
     """Smallest region that counts, and that is made, as a share of the image."""
 
 
-def cls_attention(attention: Tensor, grid_hw: tuple[int, int], settings: ClsAttentionConfig | None = None) -> ObjectRegions:
+def cls_attention(
+    attention: Tensor, grid_hw: tuple[int, int], settings: ClsAttentionConfig | None = None
+) -> ObjectRegions:
     """One box an image from the last block's CLS attention, (B, heads, N).
 
     Raises:

@@ -42,9 +42,7 @@ def fit_match(
     return {clusters[c]: classes[k] for c, k in chosen if counts[c, k] > 0}
 
 
-def matched_precision(
-    boxes: BoxTable, truth: Mapping[str, Annotations], match: Mapping[str, str]
-) -> dict[str, float]:
+def matched_precision(boxes: BoxTable, truth: Mapping[str, Annotations], match: Mapping[str, str]) -> dict[str, float]:
     """AP50 of every class that has an object in `truth`, by name, and their mean as `mean`; a class without a cluster has 0.
 
     Args:

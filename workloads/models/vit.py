@@ -1,5 +1,6 @@
 """Vision transformers from timm as a trunk: tokens for training, the last block's keys and CLS attention for discovery."""
 
+import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -158,7 +159,9 @@ def _read_tensors(path: Path) -> Mapping[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # DINO's full checkpoints hold their command line beside the weights, which is plain values in a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever an unpickler of foreign bytes raises
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"weights: {path} is not a file of tensors alone ({reason}); save its state dict") from None

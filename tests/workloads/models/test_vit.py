@@ -1,5 +1,6 @@
 """The transformer trunk: timm's own forward and attention as the oracle, and weights from files."""
 
+import argparse
 import os
 import pickle
 import subprocess
@@ -98,6 +99,15 @@ def test_files_that_are_not_weights_are_refused(tmp_path: Path, monkeypatch: pyt
         load_vit_weights(trunk, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="holds a list"):
         load_vit_weights(trunk, tmp_path / "list.pth")
+
+
+def test_a_dino_file_with_its_command_line_in_it_is_read(tmp_path: Path) -> None:
+    trunk = make()
+    state = {f"module.backbone.{name}": value + 1 for name, value in trunk.body.state_dict().items()}
+    content = {"teacher": state, "student": {}, "args": argparse.Namespace(arch="vit_small", out=Path("x").name)}
+    torch.save(content, tmp_path / "full.pth")
+    load_vit_weights(trunk, tmp_path / "full.pth")
+    assert torch.equal(trunk.body.cls_token, state["module.backbone.cls_token"])
 
 
 def test_download_that_fails_is_said_in_words() -> None:

@@ -210,9 +210,7 @@ def measure(
     return hits, {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
-def _by_class(
-    boxes: BoxTable, truth: Mapping[str, Annotations], settings: DiscoverConfig
-) -> dict[str, dict[str, Any]]:
+def _by_class(boxes: BoxTable, truth: Mapping[str, Annotations], settings: DiscoverConfig) -> dict[str, dict[str, Any]]:
     """The match of clusters to classes, and AP50 of each class; nothing where no match is asked for."""
     if settings.match.boxes is None or settings.match.uri is None:
         return {}
