@@ -10,8 +10,9 @@ from workloads.config import apply_overrides, build, describe, parse_overrides, 
 from workloads.discovery.components import FeaturesError
 from workloads.errors import ConfigError, DataError, RunStoppedError
 from workloads.evaluation.one_shot import OneShotRunConfig, one_shot
-from workloads.loops.discovery.finish import DiscoveryError, discover
+from workloads.loops.discovery.finish import DiscoveryError
 from workloads.loops.discovery.job import DiscoverConfig
+from workloads.loops.discovery.loop import discover
 from workloads.loops.dispatch import LOOPS, build_loop, evaluate_loop, load_loop, preflight, run_loop
 from workloads.loops.meter import NonFiniteLossError
 from workloads.parallel.runtime import LocalRuntime

@@ -85,7 +85,7 @@ def test_killed_in_the_middle_and_given_again(
     [
         (["methods=[lost]"], "uri: name the dataset"),
         (["uri=nowhere", "methods=[centre]"], "holds no manifest.json"),
-        (["uri=nowhere"], "trunk.kind: say whose features"),
+        (["uri=nowhere"], "trunk.kind: needed by these methods"),
         (["uri=nowhere", "methods=[lots]"], "methods"),
         (["a.yaml", "b.yaml", "uri=x"], "b.yaml: expected key=value"),
         (["uri=nowhere", "scaling.workers=2"], "unknown key scaling.workers"),

@@ -1,6 +1,7 @@
 """Discovery over a dataset: every image once, the same whatever the parts, files for a detector, figures, a detector's boxes."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from workloads.discovery.pseudo_boxes import read_boxes
 from workloads.errors import ConfigError
 from workloads.loops.discovery.finish import DiscoveryError, finish, read_parts
 from workloads.loops.discovery.job import DiscoverConfig, Job, prepare
-from workloads.loops.discovery.worker import PartWorker
+from workloads.loops.discovery.worker import PartWorker, check_tokencut_fits
 from workloads.metrics.corloc import corloc_hits
+from workloads.models.vit import VitConfig, VitTrunk
 
 TINY = {
     "trunk": {"kind": "vit", "vit": {"depth": 2}},
@@ -154,7 +156,7 @@ def test_images_that_do_not_decode_are_told(tmp_path: Path) -> None:
     assert start > 0 and len(batches) == 1
     batch = batches[0]
     batch.valid[1], batch.images[1], batch.content_hw[1], batch.source_hw[1] = False, 0, 0, 0
-    rows = worker._found(batch)
+    rows = worker._rows(batch)
     assert [(r["image_id"] == batch.image_ids[1], r["x0"] is None, r["decoded"]) for r in rows] == [
         (i == 1, i == 1, i != 1) for i in (0, 0, 1, 1, 2, 2)
     ]
@@ -183,13 +185,13 @@ def test_boxes_of_another_program_are_measured(coco: dict[str, str], tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["methods=[file]"], "file: goes together"),
-        (["methods=[lost, lost]"], "each one once"),
-        (["trunk=null"], "trunk.kind: say whose"),
+        (["methods=[file]"], "file: give it together"),
+        (["methods=[lost, lost]"], "name each one once"),
+        (["trunk=null"], "trunk.kind: needed by these methods"),
         (["lost.k=0"], "lost.k"),
         (["lost.kk=1"], "did you mean lost.k"),
-        (["methods=[detector]"], "detector: goes together"),
-        (["match.uri=x"], "match.boxes: goes together"),
+        (["methods=[detector]"], "detector: give it together"),
+        (["match.uri=x"], "match.boxes: give match.boxes and match.uri together"),
     ],
 )
 def test_a_wrong_request_is_refused(overrides: list[str], message: str) -> None:
@@ -221,10 +223,31 @@ def test_the_identity_is_what_decides_boxes(coco: dict[str, str], tmp_path: Path
         return prepare(settings_of(coco["val"], *overrides), str(tmp_path / "x"))
 
     weights = tmp_path / "weights.pth"
-    torch.save({"a": torch.zeros(1)}, weights)
+    state = VitTrunk(VitConfig(depth=2)).body.state_dict()
+    torch.save(state, weights)
     with_file = f"trunk.vit.weights={weights}"
     before = job(with_file).identity
-    torch.save({"a": torch.ones(1)}, weights)
+    torch.save({name: value + 1 for name, value in state.items()}, weights)
     assert job(with_file).identity != before
     assert job().identity == job("batch_size=2", "gallery=3").identity
     assert len({job(*o).identity for o in ([], ["lost.k=3"], ["seed=1"], ["limit=4"], ["long_side=32"])}) == 5
+
+
+def test_an_image_too_large_for_tokencut_is_refused_before_any_is_decoded(coco: dict[str, str]) -> None:
+    dataset = open_dataset(coco["val"])
+    largest = max((item.size_hw for item in read_annotations(dataset).values()), key=lambda hw: hw[0] * hw[1])
+    cells = -(-largest[0] // 2) * -(-largest[1] // 2)
+    check_tokencut_fits(settings_of(coco["val"]), dataset, 2, 48 * cells**2)
+    with pytest.raises(
+        ConfigError, match=rf"long_side: tokencut needs .*\({cells:,} cells\).* set long_side=(\d+)"
+    ) as refused:
+        check_tokencut_fits(settings_of(coco["val"]), dataset, 2, 48 * cells**2 - 1)
+    fits = re.search(r"long_side=(\d+)", str(refused.value))
+    assert fits is not None
+    check_tokencut_fits(settings_of(coco["val"], f"long_side={fits[1]}"), dataset, 2, 48 * cells**2 - 1)
+
+
+def test_weights_that_do_not_load_are_refused_before_work_starts(coco: dict[str, str], tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=r"weights: .*weights\.pth holds another model"):
+        prepare(settings_of(coco["val"], f"trunk.vit.weights={tmp_path / 'weights.pth'}"), str(tmp_path / "x"))

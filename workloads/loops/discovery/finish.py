@@ -1,10 +1,8 @@
-"""The end of a discovery: the parts in one table, boxes as files, figures where objects are known, pictures."""
+"""Joins the parts of a discovery (`finish`): one table, files of boxes, figures where objects are known, and pictures."""
 
-import collections
 import json
 import logging
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,109 +13,66 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from workloads.config import to_yaml
-from workloads.data.loading.loaders import EvalLoader
-from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.annotations import Annotations, read_annotations
-from workloads.data.store.manifest import Dataset, open_dataset
+from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import AGNOSTIC, Objects
 from workloads.discovery.clustering import cluster, cluster_names
 from workloads.discovery.pseudo_boxes import BoxTable, read_boxes, write_coco_results, write_parquet
 from workloads.errors import RunFailedError
-from workloads.loops.discovery.job import RECORD, DiscoverConfig, Job, Method, finished_record, prepare
-from workloads.loops.discovery.worker import PartWorker
+from workloads.loops.discovery.job import RECORD, DiscoverConfig, Job, Method
+from workloads.loops.discovery.pictures import draw_pictures
 from workloads.metrics.average_precision import DetectionTable, Truth, average_precision
 from workloads.metrics.corloc import CorLocConfig, Hits, corloc_figures, corloc_gain, corloc_hits
 from workloads.metrics.matched_precision import fit_match, matched_precision
-from workloads.parallel.distributed import wait_for_all
-from workloads.parallel.runtime import Runtime, new_folder
-from workloads.reports.discoveries import Panel, draw_clusters, draw_discoveries
 from workloads.storage.filesystems import atomic_write, read_bytes, resolve_uri
 
-_AP_RESAMPLES = 500  # of AP50's interval; CorLoc's are cheaper and more
-_PICTURE_SIDE = 320  # pixels
-_CLUSTERS_SHOWN, _CROPS_SHOWN = 24, 10
-_FULL: list[np.ndarray] = [np.zeros((1, 1, 3), dtype=np.uint8)] * _CROPS_SHOWN  # of a category that is not shown
+_AP_RESAMPLES = 500  # of AP50's interval; CorLoc's are cheaper, so there are more (`corloc.bootstrap`)
 
 _log = logging.getLogger(__name__)
 
 
 class DiscoveryError(RunFailedError):
-    """A discovery cannot be completed; the message says what is missing."""
+    """A discovery cannot be completed; the message says which part is missing or damaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscoveryResult:
-    """What a discovery found."""
+    """Boxes and figures of a finished discovery."""
 
     boxes: Mapping[Method, BoxTable]
-    figures: Mapping[str, float]  # under their tracking keys
-    undecodable: tuple[str, ...]
-
-
-def discover(settings: DiscoverConfig, runtime: Runtime, output: str) -> dict[str, float]:
-    """Find boxes in a dataset on this process, or on all of torchrun's, and report the figures; returns them.
-
-    Begun again after a kill it goes on with the parts that are missing; finished, it only says its figures again.
-
-    Raises:
-        DataError: no dataset, or a shard that cannot be read. ConfigError: weights that cannot be had, or another
-            discovery at `output`.
-    """
-    job = prepare(settings, output)
-    earlier = finished_record(output)
-    if earlier is not None:
-        return dict(earlier["figures"])
-    missing = job.missing()
-    began, done = time.perf_counter(), 0
-    if missing:
-        worker = PartWorker(job, device=runtime.device)
-        for part in missing[runtime.rank :: runtime.world_size]:
-            done += worker.run(part)
-            speed = done / (time.perf_counter() - began)
-            runtime.progress({"images/s": speed}, step=10 * (part + 1), total_steps=10 * job.num_parts)
-    wait_for_all()
-    figures: dict[str, float] = {}
-    if runtime.rank == 0:
-        folder = new_folder()
-        figures = dict(finish(job, folder).figures)
-        runtime.report(figures, step=0, artifacts=folder)
-    return figures
+    figures: Mapping[str, float]  # by tracking key
+    undecodable: tuple[str, ...]  # ids of images that did not decode
 
 
 def finish(job: Job, pictures: Path, *, timings: Mapping[str, float] | None = None) -> DiscoveryResult:
     """Join the parts and write to the job's output: `METHOD/boxes.parquet`, `METHOD/boxes.json`, `figures.json`, `discovery.yaml`.
 
     Args:
-        pictures: local folder that gets `gallery/*.png`.
-        timings: more figures, of how the parts were done.
+        pictures: local folder to which `gallery/*.png` is written.
+        timings: figures about the work on the parts, recorded with the others.
 
     Raises:
         DiscoveryError: an image is missing or there twice.
     """
-    dataset = open_dataset(job.settings.uri)
+    dataset, settings = open_dataset(job.settings.uri), job.settings
     table = read_parts(job)
-    found = {method: _boxes_of(table, method) for method in job.settings.methods}
-    if job.settings.clusters.count is not None:
-        first = job.settings.methods[0]
-        found[first] = found[first].with_categories(_clusters_of(table, first, job.settings))
+    boxes = {method: _boxes_of(table, method) for method in settings.methods}
+    first = settings.methods[0]
+    if settings.clusters.count is not None:
+        boxes[first] = boxes[first].with_categories(_clusters_of(table, first, settings))
     undecodable = tuple(sorted(set(table.filter(pc.invert(table["decoded"]))["image_id"].to_pylist())))
     for name in undecodable:
         _log.warning("%s does not decode and has no box", name)
-    looked_at = set(table["image_id"].to_pylist())
-    truth = {name: item for name, item in read_annotations(dataset).items() if name in looked_at}
-    hits, figures = measure(found, truth, job.settings)
-    classes = _by_class(found[job.settings.methods[0]], truth, job.settings)
+    searched = set(table["image_id"].to_pylist())
+    truth = {name: item for name, item in read_annotations(dataset).items() if name in searched}
+    hits, figures = measure(boxes, truth, settings)
+    classes = _by_class(boxes[first], truth, settings)
     if "mean" in classes.get("ap50", {}):
         figures["eval/matched_ap50"] = classes["ap50"]["mean"]
     figures |= timings or {}
     figures |= {"discover/images": float(job.num_images), "discover/undecodable": float(len(undecodable))}
-    root = job.output.rstrip("/")
-    for method, boxes in found.items():
-        write_parquet(boxes, f"{root}/{method}/boxes.parquet")
-        write_coco_results(boxes, f"{root}/{method}/boxes.json")
-    if job.settings.gallery:
-        _draw(job.settings, dataset, found, truth, hits, pictures / "gallery")
-    _put_text(to_yaml(job.settings), f"{root}/discovery.yaml")
+    if settings.gallery:
+        draw_pictures(settings, dataset, boxes, truth, hits, pictures / "gallery")
     record = {
         "identity": job.identity,
         "figures": figures,
@@ -125,10 +80,20 @@ def finish(job: Job, pictures: Path, *, timings: Mapping[str, float] | None = No
         "undecodable": undecodable,
         **({"classes": classes} if classes else {}),
     }
+    _write(job, boxes, record)
+    return DiscoveryResult(boxes=boxes, figures=figures, undecodable=undecodable)
+
+
+def _write(job: Job, boxes: Mapping[Method, BoxTable], record: Mapping[str, Any]) -> None:
+    """Write the output's files, the record last, and remove the parts."""
+    root = job.output.rstrip("/")
+    for method, table in boxes.items():
+        write_parquet(table, f"{root}/{method}/boxes.parquet")
+        write_coco_results(table, f"{root}/{method}/boxes.json")
+    _put_text(to_yaml(job.settings), f"{root}/discovery.yaml")
     _put_text(json.dumps(record, indent=1) + "\n", f"{root}/{RECORD}")
     filesystem, parts = job.state
     filesystem.delete_dir(parts)
-    return DiscoveryResult(boxes=found, figures=figures, undecodable=undecodable)
 
 
 def _put_text(text: str, uri: str) -> None:
@@ -137,7 +102,7 @@ def _put_text(text: str, uri: str) -> None:
 
 
 def read_parts(job: Job) -> pa.Table:
-    """All parts' rows in the dataset's order, every image exactly once a method.
+    """Rows of all parts in the dataset's order, with every image exactly once for each method.
 
     Raises:
         DiscoveryError: parts are missing, damaged, or not of this dataset.
@@ -188,22 +153,22 @@ def _clusters_of(table: pa.Table, method: Method, settings: DiscoverConfig) -> l
 
 
 def measure(
-    found: Mapping[Method, BoxTable], truth: Mapping[str, Annotations], settings: DiscoverConfig
+    boxes: Mapping[Method, BoxTable], truth: Mapping[str, Annotations], settings: DiscoverConfig
 ) -> tuple[dict[Method, Hits], dict[str, float]]:
-    """Hits, and figures under their tracking keys; none where no image has an object.
+    """Hits of each method, and figures by tracking key; no figure where no image has an object.
 
     `eval/METHOD/corloc` with its interval, `eval/METHOD/ap50` …, `eval/METHOD/gain_over_centre` paired; the first method's also
     as `eval/corloc` ….
     """
-    hits = {method: corloc_hits(boxes.best(), truth, settings.corloc) for method, boxes in found.items()}
+    hits = {method: corloc_hits(table.best(), truth, settings.corloc) for method, table in boxes.items()}
     figures: dict[str, float] = {}
     for method, mine in hits.items():
         if not len(mine.hit):
             continue
-        own = corloc_figures(mine, settings.corloc) | agnostic_precision(found[method], truth, settings.corloc)
+        own = corloc_figures(mine, settings.corloc) | agnostic_precision(boxes[method], truth, settings.corloc)
         if method != "centre" and "centre" in hits:
-            names = ("gain_over_centre", "gain_over_centre_low", "gain_over_centre_high")
-            own |= dict(zip(names, corloc_gain(mine, hits["centre"], settings.corloc), strict=True))
+            gain = corloc_gain(mine, hits["centre"], settings.corloc)
+            own |= dict(zip(("gain_over_centre", "gain_over_centre_low", "gain_over_centre_high"), gain, strict=True))
         figures |= {f"eval/{method}/{name}": value for name, value in own.items()}
         if method == settings.methods[0]:
             figures |= {f"eval/{name}": value for name, value in own.items()}
@@ -211,7 +176,7 @@ def measure(
 
 
 def _by_class(boxes: BoxTable, truth: Mapping[str, Annotations], settings: DiscoverConfig) -> dict[str, dict[str, Any]]:
-    """The match of clusters to classes, and AP50 of each class; nothing where no match is asked for."""
+    """The match of clusters to classes, and AP50 of each class; empty where `match` is not configured."""
     if settings.match.boxes is None or settings.match.uri is None:
         return {}
     match = fit_match(
@@ -236,8 +201,8 @@ def agnostic_precision(boxes: BoxTable, truth: Mapping[str, Annotations], settin
     figures = average_precision(
         table, Truth(objects=objects, labels={AGNOSTIC: 1}), resamples=_AP_RESAMPLES, seed=settings.seed
     )
-    kept = {"ap": "ap", "ap50": "ap50", "ap50_low": "ap50_low", "ap50_high": "ap50_high", "ar": "ar100"}
-    return {ours: figures[theirs] for theirs, ours in kept.items()}
+    names = {"ap": "ap", "ap50": "ap50", "ap50_low": "ap50_low", "ap50_high": "ap50_high", "ar": "ar100"}
+    return {ours: figures[theirs] for theirs, ours in names.items()}
 
 
 def _as_objects(truth: Annotations) -> Objects:
@@ -248,61 +213,3 @@ def _as_objects(truth: Annotations) -> Objects:
         crowd=truth.crowd,
         difficult=truth.difficult,
     )
-
-
-def _draw(
-    settings: DiscoverConfig,
-    dataset: Dataset,
-    found: Mapping[Method, BoxTable],
-    truth: Mapping[str, Annotations],
-    hits: Mapping[Method, Hits],
-    folder: Path,
-) -> None:
-    best = {method: boxes.best() for method, boxes in found.items()}
-    iou = {m: dict(zip(mine.image_ids, mine.best_iou.tolist(), strict=True)) for m, mine in hits.items()}
-    # Boxes that lie the same in every image would only hide the others; their IoU is still told.
-    drawn = [m for m in best if m not in ("whole", "centre", "random")] or list(best)
-    panels = []
-    for image_id, pixels, scale in _pictures(settings, dataset, settings.gallery):
-        panels.append(
-            Panel(
-                pixels=pixels,
-                title=image_id,
-                objects=settings.corloc.counted(truth[image_id]) * scale,
-                boxes={m: best[m][image_id] * scale for m in drawn if image_id in best[m]},
-                iou={m: values[image_id] for m, values in iou.items() if image_id in values},
-            )
-        )
-    draw_discoveries(panels, folder / "boxes.png", threshold=settings.corloc.iou)
-    if settings.clusters.count is not None:
-        first = found[settings.methods[0]]
-        draw_clusters(_cluster_crops(settings, dataset, first), folder / "clusters.png")
-
-
-def _pictures(settings: DiscoverConfig, dataset: Dataset, limit: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Id, pixels uint8 (h, w, 3) shrunk for a picture, and scale of boxes (4,) of the first images that decode."""
-    small = DataConfig(uri=settings.uri, decode_size=_PICTURE_SIDE)
-    limit = min(limit, settings.limit or limit)
-    for batch in EvalLoader(dataset, small, batch_size=16, limit=limit):
-        for i in batch.valid.nonzero().flatten().tolist():
-            height, width = batch.content_hw[i].tolist()
-            scale = (batch.content_hw[i] / batch.source_hw[i]).flip(0).repeat(2).numpy()
-            yield batch.image_ids[i], batch.images[i, :, :height, :width].permute(1, 2, 0).numpy(), scale
-
-
-def _cluster_crops(
-    settings: DiscoverConfig, dataset: Dataset, boxes: BoxTable
-) -> dict[str, tuple[int, list[np.ndarray]]]:
-    """Category → how many boxes it has, and pixels of its first ones, the largest categories first."""
-    counts = collections.Counter(boxes.categories)
-    wanted: dict[str, list[np.ndarray]] = {name: [] for name, _ in counts.most_common(_CLUSTERS_SHOWN)}
-    rows = {image_id: row for row, image_id in enumerate(boxes.image_ids)}
-    for image_id, pixels, scale in _pictures(settings, dataset, dataset.num_images):
-        row = rows.get(image_id)
-        if row is None or len(crops := wanted.get(boxes.categories[row], _FULL)) >= _CROPS_SHOWN:
-            continue
-        x0, y0, x1, y1 = np.rint(boxes.boxes_xyxy[row] * scale).astype(int).tolist()
-        crops.append(pixels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)])
-        if all(len(crops) >= min(_CROPS_SHOWN, counts[name]) for name, crops in wanted.items()):
-            break
-    return {name: (counts[name], crops) for name, crops in wanted.items()}

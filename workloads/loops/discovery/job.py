@@ -1,7 +1,7 @@
-"""Discovery: a dataset's images in parts, each part's boxes in a file of its own, then one table, its figures and pictures.
+"""Defines a discovery: `DiscoverConfig`, and the `Job` that divides a dataset's images into parts and names each part's file.
 
-A part is a run of images in the dataset's order. Whoever works on it writes its file whole or not at all, so any number of
-processes may work, be killed and begin again: at the end every image is there exactly once, which is checked.
+A part is a range of consecutive images in the dataset's order. Its file is complete or absent, so any number of processes may
+work on the parts, be killed and start again: in the end every image is there exactly once, which `finish` checks.
 """
 
 import hashlib
@@ -33,37 +33,38 @@ Method = Literal["lost", "tokencut", "cls_attention", "whole", "centre", "random
 NEEDS_TRUNK: tuple[Method, ...] = ("lost", "tokencut", "cls_attention")
 
 RECORD = "figures.json"
-"""Written last: with it, a discovery is finished."""
+"""Name of the file that is written last: where it exists, the discovery is finished."""
 
 
 @config
 class MatchConfig:
-    """Which clusters stand for which classes: fitted on training images, used for the first method's boxes here."""
+    """Maps clusters to classes on training images, and measures AP50 by class of the first method's boxes with it."""
 
     boxes: str | None = None
-    """Clustered boxes of the training images (`METHOD/boxes.parquet` of their discovery); null: no match, no AP50 by class."""
+    """Clustered boxes of the training images (`METHOD/boxes.parquet` of their discovery); null: no AP50 by class."""
     uri: str | None = None
-    """The training images' dataset, whose objects the clusters are matched to."""
+    """Dataset of the training images, whose objects the clusters are matched to."""
 
     def __post_init__(self) -> None:
         if (self.boxes is None) != (self.uri is None):
-            raise ConfigError("match.boxes: goes together with match.uri")
+            raise ConfigError("match.boxes: give match.boxes and match.uri together, or neither")
 
 
 @config
 class DiscoverConfig:
-    """What is looked for where, and how."""
+    """A discovery: which dataset is searched, by which methods, with whose features."""
 
     uri: str
     """Dataset made by `orchestrator data build`, a folder or s3:// address."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("lost",)
-    """Ways to find one box an image; the first one's are clustered, and its figures are the headline."""
+    """Methods that give each image a box; the first one's boxes are clustered, and its figures are the headline."""
     trunk: TrunkConfig | None = None
-    """Needed by lost, tokencut, cls_attention and the clusters."""
+    """Network whose features lost, tokencut, cls_attention and the clusters use; null: none of these is asked for."""
     stride: Literal[8, 16, 32] = 16
-    """Pixels between the cells of a ResNet's last map; less than 32 by dilation. A transformer has its patch's."""
+    """Pixels between the cells of a ResNet's last map; below 32 by dilation. A transformer's cells are its patches."""
     long_side: PositiveInt | None = None
-    """Longer side, pixels, to which images are shrunk while decoding; null: as they are. Boxes are of the source image."""
+    """Longer side, pixels, to which images are shrunk while decoding; null: source resolution. Boxes are always in pixels of
+    the source image. tokencut's memory grows with the fourth power of this; lost's stays bounded."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of random weights and random boxes."""
     lost: LostConfig = LostConfig()
@@ -72,9 +73,9 @@ class DiscoverConfig:
     centre: CentreConfig = CentreConfig()
     felzenszwalb: FelzenszwalbConfig = FelzenszwalbConfig()
     file: str | None = None
-    """Boxes that another program found, for the method `file`: Parquet, COCO results JSON, or a pickle of LOST's."""
+    """Boxes of another program for the method `file`: Parquet, COCO results JSON, or JSON of {image name: [x0, y0, x1, y1]}."""
     detector: str | None = None
-    """Checkpoint of a fine-tuning run, for the method `detector`: up to 100 boxes an image, of which the best counts for
+    """Checkpoint of a fine-tuning run for the method `detector`: up to 100 boxes an image, of which the best counts for
     CorLoc."""
     clusters: ClustersConfig = ClustersConfig()
     match: MatchConfig = MatchConfig()
@@ -83,62 +84,64 @@ class DiscoverConfig:
     """Images decoded at a time; those of one size go through the trunk together. Changes speed and memory, not boxes
     beyond rounding."""
     part_size: PositiveInt = 128
-    """Images in one part, which is what a killed process has to do again."""
+    """Images in one part, the most that a killed process has to repeat."""
     decode_threads: PositiveInt = 2
     """Threads that decode images."""
     limit: PositiveInt | None = None
-    """Only this many images, the first in the dataset's order."""
+    """Search only this many images, the first in the dataset's order; null: all."""
     gallery: Annotated[int, Field(ge=0)] = 12
-    """Images shown with their boxes; 0: no picture."""
+    """Images drawn with their boxes; 0: no picture."""
 
     def __post_init__(self) -> None:
         if len(set(self.methods)) < len(self.methods):
-            raise ConfigError(f"methods: each one once, given {list(self.methods)}")
+            raise ConfigError(f"methods: name each one once (given: {', '.join(self.methods)})")
         if ("file" in self.methods) != (self.file is not None):
-            raise ConfigError("file: goes together with the method file")
+            raise ConfigError("file: give it together with the method file, or neither")
         if ("detector" in self.methods) != (self.detector is not None):
-            raise ConfigError("detector: goes together with the method detector")
+            raise ConfigError("detector: give it together with the method detector, or neither")
         if self.methods[0] == "detector" and self.clusters.count is not None:
-            raise ConfigError("clusters.count: a detector's boxes are not clustered; choose another first method")
+            raise ConfigError("clusters.count: a detector's boxes are not clustered; put another method first")
         if self.uses_trunk and self.trunk is None:
-            raise ConfigError("trunk.kind: say whose features: checkpoint (of a run), vit, supervised, or random")
+            raise ConfigError(
+                "trunk.kind: needed by these methods; one of checkpoint (of a run), vit, supervised, random"
+            )
 
     @property
     def uses_trunk(self) -> bool:
-        """Whether any method, or the clusters, need a network."""
+        """Whether a method or the clusters need a network."""
         return self.clusters.count is not None or any(method in NEEDS_TRUNK for method in self.methods)
 
 
 def trunk_of(settings: DiscoverConfig) -> Trunk | VitTrunk:
-    """The trunk, in eval mode; random weights are those of the seed.
+    """The configured trunk, in eval mode on the CPU; random weights are those of `seed`.
 
     Raises:
-        ConfigError: weights that cannot be had, or a ResNet where CLS attention is asked for.
+        ConfigError: the weights cannot be read, or the trunk is a ResNet and cls_attention is among the methods.
     """
     if settings.trunk is None:
-        raise ConfigError("trunk.kind: say whose features are to be looked at")
+        raise ConfigError("trunk.kind: needed by these methods; one of checkpoint (of a run), vit, supervised, random")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         trunk = trunks.load(settings.trunk).eval()
     if "cls_attention" in settings.methods and not isinstance(trunk, VitTrunk):
-        raise ConfigError("methods: cls_attention needs a transformer, and this trunk is a ResNet")
+        raise ConfigError("methods: cls_attention needs a transformer, and trunk is a ResNet; use trunk.kind=vit")
     return trunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One discovery and its place in the storage."""
+    """One discovery: its settings, its output and its parts."""
 
     settings: DiscoverConfig
     output: str  # folder or s3:// address
-    identity: str  # hash of what decides the boxes: settings, data, weights
+    identity: str  # SHA-256 of all that decides the boxes: settings, data, weights
     manifest_sha256: str
     num_images: int
     num_parts: int
 
     @property
     def state(self) -> tuple[pafs.FileSystem, str]:
-        """Where the parts' files are kept until all are there."""
+        """The file system and folder of the parts' files until all are complete."""
         filesystem, root = resolve_uri(self.output)
         return filesystem, f"{root}/_parts/{self.identity[:16]}"
 
@@ -147,12 +150,12 @@ class Job:
         return f"{self.state[1]}/part-{part:06d}.parquet"
 
     def images_in(self, part: int) -> int:
-        """How many images a part has: as `EvalLoader` shares them out, the last one fewer."""
+        """Number of images in a part, as `EvalLoader` divides them: the last part may have fewer."""
         each = -(-self.num_images // self.num_parts)
         return max(0, min(each, self.num_images - part * each))
 
     def missing(self) -> list[int]:
-        """Parts that nobody has finished."""
+        """Numbers of the parts without a file."""
         filesystem, folder = self.state
         selector = pafs.FileSelector(folder, allow_not_found=True)
         there = {info.path.rpartition("/")[2] for info in filesystem.get_file_info(selector)}
@@ -160,10 +163,11 @@ class Job:
 
 
 def prepare(settings: DiscoverConfig, output: str) -> Job:
-    """Check what can be checked before work starts, and name the work.
+    """Check all of a request that can be checked before work starts, weights included, and describe the work.
 
     Raises:
-        DataError: no dataset, or no boxes in `file`. ConfigError: no weights, or an output that holds something else.
+        DataError: there is no dataset, or no boxes in `file`.
+        ConfigError: the weights cannot be used, or `output` holds another discovery.
     """
     dataset = open_dataset(settings.uri)
     for file in (settings.file, settings.match.boxes):
@@ -172,7 +176,7 @@ def prepare(settings: DiscoverConfig, output: str) -> Job:
     if settings.match.uri is not None:
         open_dataset(settings.match.uri)
     count = min(dataset.num_images, settings.limit or dataset.num_images)
-    # How work is cut into pieces, and where it is done, decides no box.
+    # How work is divided, and where it is done, decides no box.
     decides = {
         k: v for k, v in to_dict(settings).items() if k not in ("uri", "batch_size", "decode_threads", "gallery")
     }
@@ -189,11 +193,13 @@ def prepare(settings: DiscoverConfig, output: str) -> Job:
     earlier = finished_record(output)
     if earlier is not None and earlier["identity"] != identity:
         raise ConfigError(f"output: {output} holds another discovery; give another output")
+    if earlier is None and settings.uses_trunk:
+        trunk_of(settings)  # weights that do not load are refused here, not by each worker
     return job
 
 
 def finished_record(output: str) -> dict[str, Any] | None:
-    """What a finished discovery at `output` found out, or None."""
+    """The record (`RECORD`) of a finished discovery at `output`, or None."""
     filesystem, root = resolve_uri(output)
     try:
         return json.loads(read_bytes(filesystem, f"{root}/{RECORD}", attempts=2))
@@ -221,10 +227,10 @@ def _state_digest(checkpoint: str) -> str:
 
 
 def _digest(files: list[str]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
         try:
-            found.update(read_bytes(*resolve_uri(file)))
+            digest.update(read_bytes(*resolve_uri(file)))
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read ({error})") from None
-    return found.hexdigest()
+    return digest.hexdigest()
