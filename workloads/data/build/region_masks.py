@@ -1,16 +1,15 @@
 """Regions of an image as a dataset stores them: a number for each pixel, from 1 on, 0 for none; encoded as 16-bit grey PNG."""
 
-import io
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Annotated
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from workloads.config import config
+from workloads.data.store.objects import segment_ids
 from workloads.data.store.region_codec import MOST_REGIONS, RegionsError, decode_regions
 from workloads.storage.filesystems import read_bytes, resolve_uri
 
@@ -132,9 +131,12 @@ def _panoptic(settings: PanopticConfig, path: str) -> np.ndarray | None:
         data = read_bytes(filesystem, f"{root}/{PurePosixPath(path).stem}.png")
     except FileNotFoundError:
         return None
-    with Image.open(io.BytesIO(data)) as png:
-        red, green, blue = (np.asarray(channel, dtype=np.int64) for channel in png.convert("RGB").split())
-    return _dense(red + 256 * green + 65536 * blue)
+    try:
+        return _dense(segment_ids(data))
+    except RegionsError:
+        raise
+    except Exception as error:  # damaged bytes raise nearly any kind
+        raise RegionsError(f"not a readable panoptic mask ({error})") from None
 
 
 def _dense(ids: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from torch import Tensor
 from workloads.data.build.region_masks import RegionColumnsConfig, compute_regions
 from workloads.data.build.sources import OBJECTS_TYPE
 from workloads.data.loading.decode import DecodeError, decode_image
+from workloads.data.store.image_file import open_image
 from workloads.data.store.region_codec import PREFIX, RegionsError, encode_regions, resize_regions
 
 _SCHEMA = pa.schema(
@@ -191,11 +192,11 @@ def _check_header(data: bytes, max_pixels: int) -> None:
         Reject: not an image, or one of more than `max_pixels`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             width, height = image.size
     except Image.DecompressionBombError:
         raise Reject("too large: a decompression bomb") from None
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # damaged bytes raise nearly any kind
         raise Reject("not an image") from None
     if width * height > max_pixels:
         raise Reject(f"too large: {width}x{height} pixels")

@@ -18,7 +18,7 @@ from workloads.config import config, to_dict
 from workloads.data.build.region_masks import RegionColumnsConfig
 from workloads.data.build.rows import ImageStatistics, MadeRow, Reject, RowMaker, stored_schema
 from workloads.data.build.sources import SourceConfig
-from workloads.data.loading.decode import MAX_PIXELS
+from workloads.data.store.image_file import MAX_PIXELS
 
 T = TypeVar("T")
 R = TypeVar("R")

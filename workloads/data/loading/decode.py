@@ -1,76 +1,77 @@
-"""Encoded bytes to pixels: right side up, RGB, straight into the batch's canvas, on a pool of threads.
+"""Decodes images on a pool of threads, upright and in RGB, into the canvas of a batch: `decode_batch`, `decode_image`.
 
-torchvision's operators and Pillow's decoders release the GIL: threads suffice, nothing is copied between processes.
+torchvision's JPEG decoder and Pillow's decoders release the GIL, so threads suffice and nothing is copied between processes.
+No bytes end the process: what is not a sound JPEG is decoded by Pillow, and any error makes the row an undecodable one.
 """
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401 - registers torch.ops.image
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from workloads.data.store.image_file import MAX_PIXELS, Encoded, open_image, orientation_of, sound_jpeg_hw, upright
 from workloads.data.store.region_codec import RegionsError, decode_regions, resize_regions
 
-Encoded: TypeAlias = bytes | memoryview | np.ndarray
-
-MAX_PIXELS = 178_956_970
-"""Largest image that is decoded; Pillow's own limit against decompression bombs, doubled as Pillow does to fail."""
-
-EXIF_ORIENTATION = 0x0112
 _RGB = 3  # torchvision.io.ImageReadMode.RGB; the module's wrappers warn at every call, its operators do not
-_DECODE_ERRORS = (RuntimeError, OSError, ValueError, SyntaxError, MemoryError, TypeError, EOFError)
 
 
 class DecodeError(Exception):
-    """These bytes are no readable image; the message says why."""
+    """The bytes are no readable image; the message is the reason."""
 
 
 def decode_image(encoded: Encoded) -> Tensor:
     """One image, uint8 (3, H, W), RGB, its EXIF orientation applied.
 
     Raises:
-        DecodeError: not an image, truncated, or absurdly large.
+        DecodeError: not an image, damaged, or of more than `MAX_PIXELS`.
     """
     try:
         data = bytearray(encoded)  # a copy, because torch wants writable memory; small beside the decoding
-        if data[:2] == b"\xff\xd8" or data[:4] == b"\x89PNG":
-            image = torch.ops.image.decode_image(torch.frombuffer(data, dtype=torch.uint8), _RGB, True)
-            if image.dtype == torch.uint16:
-                image = (image.to(torch.int32) >> 8).to(torch.uint8)
-            return image
-        return _decode_with_pillow(data)
-    except _DECODE_ERRORS as error:
-        # Without the place in torchvision's sources that its messages begin with.
-        reason = re.sub(r"^\S+, \S+:\d+, ", "", " ".join(str(error).split()))
-        raise DecodeError(reason[:200] or type(error).__name__) from None
+        size = sound_jpeg_hw(data)
+        if size is None:
+            return _decode_with_pillow(data)
+        if size[0] * size[1] > MAX_PIXELS:
+            raise DecodeError(f"too large: {size[1]}x{size[0]} pixels")
+        image: Tensor = torch.ops.image.decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), _RGB, True)
+        return image
+    except Exception as error:  # decoders raise a dozen kinds for damaged bytes, KeyError and struct.error among them
+        raise _in_words(error) from None
+
+
+def _in_words(error: Exception) -> DecodeError:
+    if isinstance(error, DecodeError):
+        return error
+    return DecodeError(" ".join(str(error).split())[:200] or type(error).__name__)
 
 
 def _decode_with_pillow(data: bytearray) -> Tensor:
-    with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+    with open_image(data) as image:
+        orientation = orientation_of(image)
+        pixels: Image.Image = image
+        if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
             # Pillow clips 16-bit grey at 255 instead of scaling it.
-            grey = np.asarray(upright).astype(np.float64)
-            scaled = grey / 257 if upright.mode.startswith("I") else grey
-            upright = Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
-        return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+            grey = np.asarray(image).astype(np.float64)
+            scaled = grey / 257 if image.mode.startswith("I") else grey
+            pixels = Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+        if pixels.mode != "RGB":
+            pixels = pixels.convert("RGB")
+        return torch.from_numpy(np.array(upright(pixels, orientation))).permute(2, 0, 1)
 
 
 def decode_jpeg_scaled(encoded: Encoded, longer_side: int) -> tuple[Tensor, tuple[int, int]] | None:
-    """A JPEG decoded at 1/2, 1/4 or 1/8 of its size, not below what `longer_side` asks for, and shrunk to that.
+    """A JPEG decoded at 1/2, 1/4 or 1/8 of its size, not below `longer_side`, and shrunk to that.
 
-    libjpeg leaves the higher frequencies of each block out instead of decoding and averaging them: quicker, and not quite
-    the same pixels.
+    libjpeg leaves the higher frequencies of each block out instead of decoding and averaging them: faster, with slightly
+    other pixels.
 
     Returns:
         uint8 (3, H, W), RGB, upright, its longer side `longer_side` pixels, and the source's height and width; None where
-        nothing is won: no JPEG, or too small.
+        this is no faster: no JPEG, or too small.
 
     Raises:
         DecodeError: as `decode_image`.
@@ -79,21 +80,20 @@ def decode_jpeg_scaled(encoded: Encoded, longer_side: int) -> tuple[Tensor, tupl
     if bytes(data[:2]) != b"\xff\xd8":
         return None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             width, height = image.size
             target_h, target_w = shrunk_hw(height, width, longer_side)
             if min(width // target_w, height // target_h) < 2:
                 return None
-            on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            orientation = orientation_of(image)
             drafted: Any = image.draft("RGB", (target_w, target_h))
             # The scaled image ends with whole blocks; the source's own extent in it has a fraction.
             extent = drafted[1] if drafted is not None else None
             shrunk = image.convert("RGB").resize((target_w, target_h), Image.Resampling.BILINEAR, box=extent)
-            shrunk.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
-            pixels = torch.from_numpy(np.array(ImageOps.exif_transpose(shrunk))).permute(2, 0, 1)
-        return pixels, (width, height) if on_its_side else (height, width)
-    except _DECODE_ERRORS as error:
-        raise DecodeError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+            pixels = torch.from_numpy(np.array(upright(shrunk, orientation))).permute(2, 0, 1)
+        return pixels, (width, height) if orientation >= 5 else (height, width)
+    except Exception as error:
+        raise _in_words(error) from None
 
 
 def decode_batch(

@@ -5,23 +5,20 @@ import functools
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor
 
 from workloads.config import config
 from workloads.data.loading.decode import decode_batch, decode_regions_batch
-from workloads.data.loading.decode_cuda import cuda_device, decode_batch_on, nvjpeg
 from workloads.data.store.disk_cache import DiskCache
 from workloads.data.store.manifest import Dataset
 from workloads.data.store.row_groups import RowGroup, RowGroupReader
-from workloads.errors import ConfigError
 from workloads.types import ImageBatch
 
 _READ_AHEAD = 4
@@ -37,8 +34,8 @@ class DataConfig:
     """Longer side, pixels, to which images are shrunk while decoding; none: source resolution."""
     dct_scaling: bool = False
     """Decode JPEGs of at least twice decode_size at 1/2, 1/4 or 1/8 of their size: quicker, slightly other pixels."""
-    decode_device: Literal["cpu", "cuda"] = "cpu"
-    """What decodes JPEGs; cuda: the worker's own GPU, by nvJPEG, with pixels that differ slightly from the CPU's."""
+    decode_device: str = "cpu"
+    """Always cpu: CPU threads decode. Kept because it is part of the identity of runs that older releases began."""
     lanes: PositiveInt | None = None
     """Parallel streams of the sample plan; divides the global batch size; none: its largest divisor not above 64."""
     io_threads: PositiveInt = 8
@@ -53,6 +50,12 @@ class DataConfig:
     """Size, GiB, at which the cache drops what was unused longest."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Share of an epoch's rows that may fail to decode before the run fails."""
+
+    def __post_init__(self) -> None:
+        if self.decode_device != "cpu":
+            raise ValueError(
+                f"data.decode_device: is {self.decode_device!r}, but images are decoded on CPU threads; remove the key"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +90,11 @@ class Pipeline:
         self._reader = RowGroupReader(dataset, cache, regions=regions)
         self._regions, self._wanted = regions, wanted
         self._config = config
-        self.decode = _decoder(config)
+        self.decode = functools.partial(decode_batch, pinned=torch.cuda.is_available(), dct_scaling=config.dct_scaling)
         self.wait_seconds = 0.0
 
     def run(self, shares: Iterator[Share]) -> "_Run":
         return _Run(self, shares)
-
-
-def _decoder(config: DataConfig) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    if config.decode_device == "cpu":
-        return functools.partial(decode_batch, pinned=torch.cuda.is_available(), dct_scaling=config.dct_scaling)
-    if config.dct_scaling:
-        raise ConfigError(
-            "data.dct_scaling: only the CPU's decoder has it; leave it out, or set data.decode_device=cpu"
-        )
-    device = cuda_device()
-    return functools.partial(decode_batch_on, device, decode_jpegs=nvjpeg(device))
 
 
 class _Run:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from workloads.data.store.annotations import read_annotations
+from workloads.data.store.image_file import open_image
 from workloads.data.store.manifest import Dataset
 from workloads.errors import DataError
 from workloads.storage.filesystems import read_bytes, resolve_uri
@@ -62,17 +63,13 @@ class PanopticMasks:
         """
         try:
             return segment_ids(read_bytes(self.filesystem, self.files[image_id]))
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # damaged bytes raise nearly any kind
             raise DataError(f"{self.files[image_id]}: is no readable panoptic mask ({error}); restore it") from None
 
 
 def segment_ids(png: bytes) -> np.ndarray:
     """int64 (H, W): the ids of a PNG's pixels: R + 256 G + 65536 B as COCO's panoptic masks, or the value of grey ones."""
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as image:
+    with open_image(png) as image:
         if image.mode in ("L", "I", "I;16", "I;16B", "I;16L", "P"):
             return np.asarray(image).astype(np.int64)
         pixels = np.asarray(image.convert("RGB")).astype(np.int64)

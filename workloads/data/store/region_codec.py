@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from workloads.data.store.image_file import open_image
 from workloads.errors import RunFailedError
 
 PREFIX = "regions_"
@@ -39,9 +40,10 @@ def decode_regions(encoded: bytes | memoryview | np.ndarray) -> np.ndarray:
         RegionsError: not a grey image of 8 or 16 bits, nor one with a palette, whose indices are the numbers.
     """
     try:
-        with Image.open(io.BytesIO(bytes(encoded))) as png:
-            if png.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
-                raise RegionsError(f"a mask of mode {png.mode} has no numbers; give grey of 8 or 16 bits")
-            return np.asarray(png).astype(np.int32)
-    except (OSError, ValueError, SyntaxError) as error:
+        with open_image(encoded) as png:
+            mode, ids = png.mode, np.asarray(png)
+    except Exception as error:  # damaged bytes raise nearly any kind
         raise RegionsError(f"not a readable mask ({error})") from None
+    if mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
+        raise RegionsError(f"a mask of mode {mode} has no numbers; give grey of 8 or 16 bits")
+    return ids.astype(np.int32)
