@@ -10,24 +10,27 @@ from orchestrator.cli.terminal import Debug, Overrides, TrackingUri, counting, e
 
 @data_app.command("build")
 def data_build(
-    source: Annotated[str, typer.Option(help="folder, coco, voc, caltech101 or parquet.")],
-    input: Annotated[list[str], typer.Option(help="Where the images are: folder, file or URI; may be given again.")],
-    output: Annotated[str, typer.Option(help="Where the shards go: a folder or s3://bucket/prefix.")],
+    source: Annotated[str, typer.Option(help="Layout of the input: folder, coco, voc, caltech101 or parquet.")],
+    input: Annotated[list[str], typer.Option(help="Folder, file or URI of the images; may be given again.")],
+    output: Annotated[str, typer.Option(help="Folder of the shards, or s3://bucket/prefix.")],
     regions: Annotated[
         list[str] | None,
         typer.Option(
-            help="Region masks beside the images: grid, felzenszwalb, slic, panoptic or column:NAME; may be given again."
+            help="Region masks to store: grid, felzenszwalb, slic, panoptic or column:NAME; may be given again."
         ),
     ] = None,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to build on; local starts one.")
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS", help="Address of a Ray cluster to build on; local: start a Ray on this machine."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Convert images to Parquet shards: `orchestrator data build … short_side=256 val_share=0.1 --regions felzenszwalb`.
 
-    Without an address it runs in this process on all cores; with one, on Ray Data over the cluster.
+    Without an address it runs in this process on all cores; with one, as Ray tasks on the cluster.
     """
     with explained(debug):
         from orchestrator.datasets.build import build_parts, connect_ray
@@ -35,8 +38,8 @@ def data_build(
         from workloads.data.build.shards import BuildConfig
 
         columns = {kind: {"name": name} if name else {} for kind, _, name in (r.partition(":") for r in regions or [])}
-        given = {"source": {"kind": source, "inputs": input}, "output": output, "regions": columns}
-        config = build(BuildConfig, apply_overrides(given, parse_overrides(overrides or [])))
+        data = {"source": {"kind": source, "inputs": input}, "output": output, "regions": columns}
+        config = build(BuildConfig, apply_overrides(data, parse_overrides(overrides or [])))
         if address:
             connect_ray(address)
         with counting("images") as progress:
@@ -50,13 +53,13 @@ def data_build(
 
 @data_app.command("regions")
 def data_regions(
-    uri: Annotated[str, typer.Argument(help="Dataset.")],
+    uri: Annotated[str, typer.Argument(help="Folder or URI of a dataset.")],
     figure: Annotated[str, typer.Option(help="PNG file to draw.")],
-    name: Annotated[str | None, typer.Option(help="Column of regions; default: all that there are.")] = None,
-    images: Annotated[int, typer.Option(min=1, max=100, help="How many images, the first of the dataset.")] = 8,
+    name: Annotated[str | None, typer.Option(help="Column of regions; default: all.")] = None,
+    images: Annotated[int, typer.Option(min=1, max=100, help="How many images to draw, from the first on.")] = 8,
     debug: Debug = False,
 ) -> None:
-    """Draw images with their region masks, to see whether they are worth contrasting."""
+    """Draw images with their region masks."""
     with explained(debug):
         from orchestrator.datasets.region_figure import draw_regions
 
@@ -65,11 +68,11 @@ def data_regions(
 
 @data_app.command("verify")
 def data_verify(
-    uri: Annotated[str, typer.Argument(help="Dataset.")],
+    uri: Annotated[str, typer.Argument(help="Folder or URI of a dataset.")],
     decode_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the images to decode.")] = 1.0,
     debug: Debug = False,
 ) -> None:
-    """Read every byte again: hashes, row counts, and whether images decode."""
+    """Read a dataset and check its hashes, its row counts, and that its images decode."""
     with explained(debug):
         from orchestrator.datasets.verify import verify_dataset
 
@@ -80,13 +83,15 @@ def data_verify(
 
 @data_app.command("stats")
 def data_stats(
-    uri: Annotated[str, typer.Argument(help="Dataset.")],
+    uri: Annotated[str, typer.Argument(help="Folder or URI of a dataset.")],
     figure: Annotated[str | None, typer.Option(help="Draw the distributions to this PNG file.")] = None,
-    log_to: Annotated[str | None, typer.Option(help="MLflow run, id or name, that keeps table and figure.")] = None,
+    log_to: Annotated[
+        str | None, typer.Option(help="MLflow run id or name to which table and figure are logged.")
+    ] = None,
     tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
-    """Counts, sizes and rejects of a dataset."""
+    """Show the counts, sizes and rejects of a dataset."""
     with explained(debug):
         from orchestrator.datasets.stats import dataset_stats, draw_stats, log_stats
 

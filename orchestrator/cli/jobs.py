@@ -2,18 +2,24 @@
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from orchestrator.cli.terminal import Debug, Overrides, console, explained
+from orchestrator.cli.suggestions import SuggestingGroup
+from orchestrator.cli.terminal import Debug, Experiment, Overrides, console, explained
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+    from orchestrator.launch.jobs_client import Cluster, JobClient
 
 
-class _RunsByDefault(TyperGroup):
-    """`submit NAME` is `submit run NAME`."""
+class _RunsByDefault(SuggestingGroup):
+    """Reads `submit NAME` as `submit run NAME`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer does, with `run` before anything that is no command."""
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -28,23 +34,28 @@ submit_app = typer.Typer(
 Address = Annotated[
     str | None,
     typer.Option(
-        "--address", help="Dashboard of the cluster; default: RAY_API_SERVER_ADDRESS, else the local cluster."
+        "--address", help="Address of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else the local cluster."
     ),
 ]
-Job = Annotated[str, typer.Argument(help="Submission id.")]
+Job = Annotated[str, typer.Argument(help="Submission id, as `submit list` shows it.")]
 
 
-def _client(address: str | None) -> Any:
-    """A client of the cluster that is meant; with none named, of the one that `cluster up local` started."""
+def _client(address: str | None) -> "tuple[JobClient, Cluster]":
+    """A client of the cluster at `address`, else at RAY_API_SERVER_ADDRESS, else of the one that `cluster up local` started.
+
+    For the local cluster this process takes the variables of its `env.sh`, except those that are set already.
+    """
     from cluster.local import default_folder, find, processes
-    from workloads.errors import ConfigError
+    from workloads.errors import RequestError
 
     if address is None:
         address = os.environ.get("RAY_API_SERVER_ADDRESS")
     if address is None:
         here = find(default_folder())
         if here is None or not processes(here):
-            raise ConfigError("--address: give a cluster's dashboard, or start one: orchestrator cluster up local")
+            raise RequestError(
+                "--address: give the address of a cluster's dashboard, or start a cluster by `orchestrator cluster up local`"
+            )
         for name, value in here.environment().items():
             os.environ.setdefault(name, value)
         address = here.dashboard
@@ -55,22 +66,24 @@ def _client(address: str | None) -> Any:
 
 @submit_app.command("run")
 def submit_run(
-    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    experiment: Experiment,
     overrides: Overrides = None,
     address: Address = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Run the file's sweep instead of the one run.")] = False,
     retries: Annotated[
-        int, typer.Option(min=0, help="How often a job that was ended from outside is submitted again, to continue.")
+        int, typer.Option(min=0, help="How often a job whose driver or node died is submitted again, to continue.")
     ] = 0,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when the job is submitted; do not wait for its end.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Send an experiment to a cluster and show its log; the exit code is the job's."""
     with explained(debug):
         from orchestrator.experiments.load import load_experiment, load_sweep
 
-        given = overrides or []
-        loaded = load_sweep(experiment, given) if sweep else load_experiment(experiment, given)
+        arguments = overrides or []
+        loaded = load_sweep(experiment, arguments) if sweep else load_experiment(experiment, arguments)
         client, _ = _client(address)
         from orchestrator.launch.follow import exit_code, may_try_again
         from orchestrator.launch.jobs_client import JobLostError
@@ -90,21 +103,22 @@ def submit_run(
                 continue
             if attempt == retries or not may_try_again(details):
                 break
-            typer.echo(f"the job was ended from outside ({_line(details)}); submitting it again")
-        if details.status.value != "SUCCEEDED":
-            typer.echo(_line(details), err=True)
-        raise typer.Exit(exit_code(details))
+            typer.echo(f"the job was ended from outside ({_summary(details)}); submitting it again")
+        code = exit_code(details)
+        if code != 0:
+            typer.echo(_summary(details), err=True)
+        raise typer.Exit(code)
 
 
-def _line(details: Any) -> str:
+def _summary(details: "JobDetails") -> str:
     from orchestrator.launch.follow import describe
 
-    told = describe(details)
-    return f"job {told['job']} {told['status']}: {told['says']}"
+    rows = describe(details)
+    return f"job {rows['job']} {rows['status']}: {rows['message']}"
 
 
-def _watch(client: Any, job: str, *, raw: bool) -> Any:
-    """Follow a job; Ctrl-C asks what is meant."""
+def _watch(client: "JobClient", job: str, *, raw: bool) -> "JobDetails":
+    """Follow a job to its end; Ctrl-C asks whether to leave, stop or follow it further."""
     from orchestrator.launch.follow import follow
 
     def show(text: str) -> None:
@@ -114,13 +128,13 @@ def _watch(client: Any, job: str, *, raw: bool) -> Any:
         try:
             return follow(client, job, show=show, raw=raw)
         except KeyboardInterrupt:
-            meant = "d"
+            answer = "d"
             if sys.stdin.isatty():
-                meant = typer.prompt("\nthe job goes on. d: leave it, s: stop it, f: follow it further", default="d")
-            if meant.startswith("s"):
+                answer = typer.prompt("\nthe job goes on. d: leave it, s: stop it, f: follow it further", default="d")
+            if answer.startswith("s"):
                 client.stop_job(job)
                 continue
-            if meant.startswith("f"):
+            if answer.startswith("f"):
                 continue
             typer.echo(f"left running; orchestrator submit logs {job} --follow, or submit stop {job}")
             raise typer.Exit(0) from None
@@ -128,13 +142,13 @@ def _watch(client: Any, job: str, *, raw: bool) -> Any:
 
 @submit_app.command("status")
 def submit_status(job: Job, address: Address = None, debug: Debug = False) -> None:
-    """What became of a job."""
+    """Show a job's status, run, times and message."""
     with explained(debug):
         from orchestrator.launch.follow import describe, details_of
 
         client, cluster = _client(address)
-        for what, value in describe(details_of(client, job)).items():
-            typer.echo(f"{what:<8} {value}")
+        for label, value in describe(details_of(client, job)).items():
+            typer.echo(f"{label:<8} {value}")
         typer.echo(f"{'cluster':<8} {cluster.address} (Ray {cluster.ray}, Python {cluster.python})")
 
 
@@ -142,10 +156,10 @@ def submit_status(job: Job, address: Address = None, debug: Debug = False) -> No
 def submit_logs(
     job: Job,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Until the job has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show new lines until the job has ended.")] = False,
     debug: Debug = False,
 ) -> None:
-    """A job's log."""
+    """Show a job's log."""
     with explained(debug):
         client, _ = _client(address)
         from orchestrator.launch.follow import details_of, exit_code
@@ -170,7 +184,7 @@ def submit_stop(job: Job, address: Address = None, debug: Debug = False) -> None
 
 @submit_app.command("list")
 def submit_list(address: Address = None, debug: Debug = False) -> None:
-    """The cluster's jobs, newest first."""
+    """List the cluster's jobs, newest first."""
     with explained(debug):
         from rich.table import Column, Table
 
@@ -182,4 +196,4 @@ def submit_list(address: Address = None, debug: Debug = False) -> None:
         table = Table(*(Column(name, no_wrap=True, overflow="ignore") for name in columns), box=None)
         for row in map(describe, jobs):
             table.add_row(*(row[column] for column in columns))
-        console().print(table, soft_wrap=True)  # ids are there to be copied whole
+        console().print(table, soft_wrap=True)  # so that ids can be copied

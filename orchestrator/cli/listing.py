@@ -1,21 +1,21 @@
-"""The `experiments` command: lists the shipped experiments, or every key of one."""
+"""The `experiments` command: lists the experiments of the package, or every key of one."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from orchestrator.cli.root import app
 from orchestrator.cli.terminal import Debug, explained
 
-_ABSENT: Any = object()
+_ABSENT = object()
 
 
 @app.command()
 def experiments(
-    name: Annotated[str | None, typer.Argument(help="An experiment to describe, with all of its keys.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Experiment whose keys are listed.")] = None,
     debug: Debug = False,
 ) -> None:
-    """List the experiments that come with the package, or every key of one with its value and meaning."""
+    """List the experiments of the package, or every key of one with its value, default and meaning."""
     with explained(debug):
         from orchestrator.experiments.load import has_sweep, list_experiments, load_experiment, load_sweep
 

@@ -1,27 +1,37 @@
-"""Commands on runs: train, finetune, plan, sweep, promote, evaluate, one-shot, export, discover, status and demo."""
+"""The commands on runs: train, finetune, plan, sweep, promote, evaluate, one-shot, export, discover, status and demo."""
 
 import time
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated
 
 import typer
 
 from orchestrator.cli.root import app
-from orchestrator.cli.terminal import Debug, Overrides, Run, TrackingUri, console, counting, explained
+from orchestrator.cli.terminal import (
+    Debug,
+    Experiment,
+    Overrides,
+    Run,
+    TrackingUri,
+    console,
+    counting,
+    explained,
+)
 
 
 @app.command()
 def train(
-    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    experiment: Experiment,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Pretrain: `orchestrator train anchor_ntxent_caltech data.uri=shards scaling.num_workers=2`."""
+    """Pretrain a backbone: `orchestrator train anchor_ntxent_caltech data.uri=shards scaling.num_workers=2`."""
     _run_loop("pretrain", experiment, overrides, debug)
 
 
 @app.command()
 def finetune(
-    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    experiment: Experiment,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -47,19 +57,20 @@ def _run_loop(loop: str, experiment: str, overrides: list[str] | None, debug: bo
 
 @app.command()
 def plan(
-    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    experiment: Experiment,
     overrides: Overrides = None,
-    calibrate: Annotated[bool, typer.Option(help="Measure a few steps on this machine.")] = True,
+    calibrate: Annotated[bool, typer.Option(help="Measure time and memory in a few steps on this machine.")] = True,
     price: Annotated[
-        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Price of one worker's hour, least and most.")
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Lowest and highest price of one worker for an hour."),
     ] = None,
-    json_file: Annotated[str | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="Write the figures to this file, as JSON.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Plan the file's sweep instead of the one run.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a run will read, write, hold and take, before anything is spent on it: `orchestrator plan NAME --price 0.4 1.2`.
+    """Estimate a run's data, memory, time and price before it starts: `orchestrator plan NAME --price 0.4 1.2`.
 
-    The few steps that it measures are one worker's share, in a process of its own; nothing else is started.
+    The measured steps are one worker's share of a batch, in a separate process; nothing else is started.
     """
     with explained(debug):
         from pathlib import Path
@@ -67,16 +78,16 @@ def plan(
         from orchestrator.experiments.load import load_experiment, load_sweep
         from orchestrator.launch.plan import Plan, SweepPlan, plan_run, plan_sweep
 
-        found: Plan | SweepPlan
+        result: Plan | SweepPlan
         with console().status("measuring a few steps" if calibrate else "counting"):
             if sweep:
-                found = plan_sweep(load_sweep(experiment, overrides or []), calibrate=calibrate, price=price)
+                result = plan_sweep(load_sweep(experiment, overrides or []), calibrate=calibrate, price=price)
             else:
-                found = plan_run(load_experiment(experiment, overrides or []), calibrate=calibrate, price=price)
-        for what, how_much in found.lines():
-            typer.echo(f"{what:<15} {how_much}")
+                result = plan_run(load_experiment(experiment, overrides or []), calibrate=calibrate, price=price)
+        for label, value in result.lines():
+            typer.echo(f"{label:<15} {value}")
         if json_file is not None:
-            Path(json_file).write_text(found.to_json() + "\n", encoding="utf-8")
+            Path(json_file).write_text(result.to_json() + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -85,10 +96,10 @@ def sweep(
         str, typer.Argument(help="Name of an experiment with a sweep section, or path of its YAML file.")
     ],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep whose driver ended.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep that was interrupted.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Search a space of dotted keys, rank the trials by the frozen evaluation, compare the winner with the start.
+    """Search a space of dotted keys, rank the trials by a frozen evaluation, compare the winner with the baseline configuration.
 
     `orchestrator sweep NAME sweep.trials=20 sweep.space.objective.temperature='{kind: loguniform, low: 0.03, high: 0.3}'`
     """
@@ -99,42 +110,46 @@ def sweep(
         from orchestrator.sweeps.run import show_sweep
         from orchestrator.sweeps.run import sweep as run_sweep
 
-        shown = console()
-        show_sweep(run_sweep(loaded, console=shown, resume=resume, debug=debug), console=shown)
+        screen = console()
+        show_sweep(run_sweep(loaded, console=screen, resume=resume, debug=debug), console=screen)
 
 
 @app.command()
 def promote(
-    target: Annotated[str | None, typer.Argument(help="A run or a sweep: MLflow run id, or name.")] = None,
+    target: Annotated[str | None, typer.Argument(help="Run or sweep: MLflow run id, or name.")] = None,
     gate: Annotated[
-        list[str] | None, typer.Option(help="A condition, as 'eval/sga >= 0.45'; may be given again.")
+        list[str] | None,
+        typer.Option(help="Condition that the model must meet, as 'eval/sga >= 0.45'; may be given again."),
     ] = None,
     alias: Annotated[str, typer.Option(help="Alias of the registered model.")] = "champion",
     model: Annotated[str | None, typer.Option(help="Name in the registry; default: the experiment's.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Promote although a gate fails or nothing was gained.")
+        bool, typer.Option("--force", help="Promote even if a gate fails or the model is no better.")
     ] = False,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Move the alias back to where it was.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Move the alias back to the version before.")] = False,
     tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
-    """Register a run's best model, or a sweep's winner, and move an alias to it, if it deserves it.
+    """Register a run's best model, or a sweep's winner, and move an alias to it, if it is better.
 
-    It must pass every gate, and find more than the model that has the alias now, on the same crops, beyond the interval.
+    It must pass every gate. It must also beat the model that has the alias now: the interval of the paired difference on the
+    same crops must lie above zero.
     """
     with explained(debug):
+        from workloads.errors import RequestError
+
+        if rollback and model is None:
+            raise RequestError("--rollback: give --model NAME, the registered model whose alias moves back")
+        if not rollback and target is None:
+            raise RequestError("give a run or a sweep to promote, or --rollback --model NAME")
         from orchestrator.results.promote import parse_gate, roll_back
         from orchestrator.results.promote import promote as promote_run
-        from workloads.errors import ConfigError
 
-        if rollback:
-            if model is None:
-                raise ConfigError("--model: needed, to know whose alias moves back")
+        if rollback and model is not None:
             gone, back = roll_back(model, alias=alias, tracking_uri=tracking_uri)
             typer.echo(f"models:/{model}@{alias} is version {back} again, after version {gone}")
             return
-        if target is None:
-            raise ConfigError("give a run or a sweep to promote, or --rollback --model NAME")
+        assert target is not None
         gates = [parse_gate(text) for text in gate or []]
         done = promote_run(target, gates=gates, alias=alias, model=model, force=force, tracking_uri=tracking_uri)
         for line in done.lines():
@@ -142,14 +157,14 @@ def promote(
 
 
 def process_start() -> float:
-    """When this process began, seconds since the epoch: what a user calls the moment of the command."""
+    """Start time of this process, seconds since the epoch: the moment of the command."""
     import psutil
 
     return psutil.Process().create_time()
 
 
-def last_line(run_id: str, address: str, metrics: Any) -> str:
-    """What a run says at its end: run id, where to look, headline metric."""
+def last_line(run_id: str, address: str, metrics: Mapping[str, float]) -> str:
+    """The last line of a run's output: run id, where to look at it, headline metric."""
     if "eval/sga" in metrics:
         headline = f"eval/sga {metrics['eval/sga']:.3f}"
         if "eval/gap_r" in metrics:
@@ -169,11 +184,11 @@ def last_line(run_id: str, address: str, metrics: Any) -> str:
 def evaluate(
     run: Run,
     overrides: Overrides = None,
-    data: Annotated[str | None, typer.Option("--data", help="Dataset to evaluate on; default: the run's own.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Dataset to evaluate on; default: the run's.")] = None,
     tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
-    """Measure SGA, RIGA and GAP-R of a run's model and log them to the same run."""
+    """Measure SGA, RIGA and GAP-R of a run's model, and log them to the run."""
     with explained(debug):
         from orchestrator.results.evaluate import evaluate_run
 
@@ -186,12 +201,12 @@ def evaluate(
 @app.command("one-shot")
 def one_shot(
     run: Annotated[str, typer.Argument(help="MLflow run id, or run name, of a pretraining run.")],
-    data: Annotated[str, typer.Option("--data", help="Dataset with objects.")],
+    data: Annotated[str, typer.Option("--data", help="Dataset with annotated objects.")],
     overrides: Overrides = None,
     tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
-    """Look for one object in other images with a run's embeddings; logs AP50, pointing accuracy and a gallery to the run."""
+    """Find an object in other images by a run's embeddings; log AP50, pointing accuracy and a gallery to the run."""
     with explained(debug):
         from orchestrator.results.evaluate import one_shot_of_run
 
@@ -208,14 +223,16 @@ def export(
     ],
     format: Annotated[
         list[str] | None,
-        typer.Option(help="torchvision, timm, safetensors, onnx or torch_export; may be given again; default: all."),
+        typer.Option(
+            help="torchvision, timm, safetensors, onnx or torch_export; may be given again; default: all of them."
+        ),
     ] = None,
-    output: Annotated[str, typer.Option(help="Folder of the files and the model card.")] = "exported",
-    licence: Annotated[str | None, typer.Option(help="What the model card says of the licence.")] = None,
+    output: Annotated[str, typer.Option(help="Folder for the files and the model card.")] = "exported",
+    licence: Annotated[str | None, typer.Option(help="Licence to state in the model card.")] = None,
     tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
-    """Write a run's trunk for those who have nothing of this project: `orchestrator export RUN --format timm`."""
+    """Export a run's trunk in formats that need nothing of this project: `orchestrator export RUN --format timm`."""
     with explained(debug):
         from pathlib import Path
 
@@ -230,13 +247,13 @@ def export(
 def discover(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="[FILE] KEY=VALUE…", help="A YAML file, if any, and dotted keys: uri=DATASET …"),
+        typer.Argument(metavar="[FILE] KEY=VALUE…", help="Optional YAML file, then dotted keys: uri=DATASET …"),
     ],
     debug: Debug = False,
 ) -> None:
-    """Find one object an image without labels, and measure CorLoc where objects are known.
+    """Find one object in each image without labels, and measure CorLoc where objects are annotated.
 
-    `orchestrator discover uri=shards/val trunk.kind=checkpoint trunk.uri=RUN/checkpoints/step_… methods='[lost, tokencut, centre]'`
+    `orchestrator discover uri=shards/val trunk.kind=checkpoint trunk.uri=RUN/checkpoints/step_… methods='\\[lost, tokencut, centre]'`
     """
     with explained(debug):
         from orchestrator.discovery.run import discover as run_discovery
@@ -245,12 +262,14 @@ def discover(
 
         experiment = load_discovery(arguments)
         with counting("images") as progress:
-            done = run_discovery(experiment, progress=progress, debug=debug)
-        for line in table(done.figures, experiment.methods):
+            outcome = run_discovery(experiment, progress=progress, debug=debug)
+        for line in table(outcome.figures, experiment.methods):
             typer.echo(line)
-        typer.echo(f"boxes {done.output}/{experiment.methods[0]}/boxes.parquet")
-        headline = f"eval/corloc {done.figures['eval/corloc']:.3f}" if "eval/corloc" in done.figures else "no figures"
-        typer.echo(f"run {done.run_id}  {done.address}  {headline}")
+        typer.echo(f"boxes {outcome.output}/{experiment.methods[0]}/boxes.parquet")
+        headline = (
+            f"eval/corloc {outcome.figures['eval/corloc']:.3f}" if "eval/corloc" in outcome.figures else "no figures"
+        )
+        typer.echo(f"run {outcome.run_id}  {outcome.address}  {headline}")
 
 
 @app.command()
@@ -259,22 +278,22 @@ def status(
     tracking_uri: TrackingUri = None,
     debug: Debug = False,
 ) -> None:
-    """How a run is, wherever it runs, from its record alone: step, speed, time left, score, faults."""
+    """Show a run's step, speed, time left, score and faults, wherever it runs."""
     with explained(debug):
         from orchestrator.tracking.status import run_status
 
-        for what, value in run_status(run, tracking_uri=tracking_uri).items():
-            typer.echo(f"{what:<10} {value}")
+        for label, value in run_status(run, tracking_uri=tracking_uri).items():
+            typer.echo(f"{label:<10} {value}")
 
 
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the scenes, shards and runs.")] = "demo-output",
     overrides: Overrides = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Instead of one run, a sweep of seconds-long trials.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Run a sweep of short trials instead of one run.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Draw scenes, shard them, pretrain a few minutes on this machine, and evaluate."""
+    """Draw synthetic scenes, shard them, pretrain for a few minutes on this machine, and evaluate."""
     began = process_start()
     with explained(debug):
         from orchestrator.demo.run import run_demo, run_sweep_demo

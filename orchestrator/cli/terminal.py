@@ -1,13 +1,20 @@
-"""What the commands share: options, the console, errors in words, counters."""
+"""Parts that the commands share: option types, the console, error messages (`explained`) and a progress counter (`counting`)."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys to override.")]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Experiment = Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys to override; of a key given twice the last counts."),
+]
 Run = Annotated[str, typer.Argument(help="MLflow run id, or run name.")]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow store; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")
@@ -17,7 +24,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the wo
 
 @contextlib.contextmanager
 def explained(debug: bool) -> Iterator[None]:
-    """Turn the errors that a user can cause into one sentence and an exit code."""
+    """Turn an error into one sentence and an exit code; with `debug`, let it pass.
+
+    An error with an `exit_code` (`UserError`, `ClusterError`) is meant for the user. Any other is a defect: its class is named.
+    """
     try:
         yield
     except (typer.Exit, typer.Abort, KeyboardInterrupt):
@@ -25,13 +35,19 @@ def explained(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        code = getattr(error, "exit_code", None)  # of `UserError`, and of the clusters' own error
+        from cluster.errors import ClusterError
+        from workloads.errors import UserError
+
         text = " ".join(str(error).split())
-        typer.echo(f"error: {text if code else f'{text or type(error).__name__} (--debug shows where)'}", err=True)
-        raise typer.Exit(code or 1) from None
+        if isinstance(error, (UserError, ClusterError)):
+            typer.echo(f"error: {text}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        typer.echo(f"error: {text or type(error).__name__} (--debug shows where)", err=True)
+        raise typer.Exit(1) from None
 
 
-def console() -> Any:
+def console() -> "Console":
+    """A console on standard output."""
     from rich.console import Console
 
     return Console()
@@ -39,21 +55,21 @@ def console() -> Any:
 
 @contextlib.contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, else a line every ten seconds."""
-    shown = console()
-    if not shown.is_terminal:
+    """Yield a function of (done, total) that draws a progress bar on a terminal, and else prints a line every ten seconds."""
+    screen = console()
+    if not screen.is_terminal:
         last = time.monotonic()
 
         def plain(done: int, total: int) -> None:
             nonlocal last
             if time.monotonic() - last >= 10 or done == total:
                 last = time.monotonic()
-                shown.print(f"{what} {done}/{total}", highlight=False)
+                screen.print(f"{what} {done}/{total}", highlight=False)
 
         yield plain
         return
     from rich.progress import Progress
 
-    with Progress(console=shown) as bar:
+    with Progress(console=screen) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

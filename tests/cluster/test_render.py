@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster import aws, kuberay
+from cluster.render import aws, kuberay
 from cluster.request import ClusterRequest
 from orchestrator.cli.app import run
 from orchestrator.experiments.load import load_experiment
