@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ClusterRequestError
 from cluster.local.services import Program
 from cluster.local.state import LOOPBACK, LocalCluster, write_private
 
@@ -40,7 +40,13 @@ def start(cluster: LocalCluster, programs: Sequence[Program], environment: Mappi
 
 
 def configuration(cluster: LocalCluster, programs: Sequence[Program]) -> str:
-    """Text of supervisord's configuration file."""
+    """Text of supervisord's configuration file.
+
+    Raises:
+        ClusterRequestError: a path has characters that the file cannot hold.
+    """
+    _checked(cluster.folder)
+    _checked(cluster.scratch)
     sections: dict[str, dict[str, str]] = {
         "supervisord": {
             "logfile": f"{cluster.logs}/supervisord.log",
@@ -54,13 +60,13 @@ def configuration(cluster: LocalCluster, programs: Sequence[Program]) -> str:
     }
     for program in programs:
         sections[f"program:{program.name}"] = {
-            "command": shlex.join(program.command),
-            "environment": ",".join(f"{name}={_quoted(value)}" for name, value in program.environment.items()),
+            "command": shlex.join(map(_checked, program.command)),
+            "environment": ",".join(f'{name}="{_checked(value)}"' for name, value in program.environment.items()),
             "stdout_logfile": f"{cluster.logs}/{program.name}.log",
             **_PROGRAM_SETTINGS,
         }
     return "".join(
-        f"[{section}]\n" + "".join(f"{key}={_escaped(value)}\n" for key, value in values.items())
+        f"[{section}]\n" + "".join(f"{key}={value}\n" for key, value in values.items())
         for section, values in sections.items()
     )
 
@@ -72,22 +78,17 @@ _PROGRAM_SETTINGS = {
 }
 
 
-def _quoted(value: str) -> str:
-    """A value of `environment`, which supervisord parses with `shlex`."""
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _escaped(value: str) -> str:
-    """A value that supervisord reads as it is: it expands %, ends a line at a comment sign, and knows no escape for that.
+def _checked(value: str) -> str:
+    """`value`, if supervisord reads it as it stands: its file has no way to escape quotes, comment signs and %.
 
     Raises:
-        ClusterError: there is no way to write it.
+        ClusterRequestError: it does not.
     """
-    if re.search(r"[\r\n]|\s[;#]", value):
-        raise ClusterError(
-            f"--folder: supervisord cannot read {value!r}; give a path without line breaks and comment signs"
+    if re.search(r"[\"'\\%\x00-\x1f\x7f]|\s[;#]", value) or value != value.strip():
+        raise ClusterRequestError(
+            f"--folder: supervisord cannot read {value!r}; give a path without quotes, backslashes, comment signs and %"
         )
-    return value.replace("%", "%%")
+    return value
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from orchestrator.cli.suggestions import SuggestingGroup
 from orchestrator.cli.terminal import Debug, Experiment, Overrides, console, explained
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
-    from orchestrator.launch.jobs_client import Cluster, JobClient
+    from orchestrator.launch.jobs_client import Cluster
 
 
 class _RunsByDefault(SuggestingGroup):
@@ -40,7 +40,7 @@ Address = Annotated[
 Job = Annotated[str, typer.Argument(help="Submission id, as `submit list` shows it.")]
 
 
-def _client(address: str | None) -> "tuple[JobClient, Cluster]":
+def _client(address: str | None) -> "tuple[JobSubmissionClient, Cluster]":
     """A client of the cluster at `address`, else at RAY_API_SERVER_ADDRESS, else of the one that `cluster up local` started.
 
     For the local cluster this process takes the variables of its `env.sh`, except those that are set already.
@@ -117,7 +117,7 @@ def _summary(details: "JobDetails") -> str:
     return f"job {rows['job']} {rows['status']}: {rows['message']}"
 
 
-def _watch(client: "JobClient", job: str, *, raw: bool) -> "JobDetails":
+def _watch(client: "JobSubmissionClient", job: str, *, raw: bool) -> "JobDetails":
     """Follow a job to its end; Ctrl-C asks whether to leave, stop or follow it further."""
     from orchestrator.launch.follow import follow
 

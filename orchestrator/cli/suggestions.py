@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -39,7 +39,7 @@ class SuggestingGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _did_you_mean(name: str, known: Mapping[str, str]) -> str:
+def _did_you_mean(name: str, known: dict[str, str]) -> str:
     if name in _MEANT:
         return f"did you mean {_MEANT[name]}?"
     leaves = {path.rpartition(" ")[2]: path for path in reversed(known)}

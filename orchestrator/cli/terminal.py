@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Experiment = Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys to override; of a key given twice the last counts."),
+    typer.Argument(metavar="KEY=VALUE", help="Dotted keys to override; of a key given twice the last counts."),
 ]
 Run = Annotated[str, typer.Argument(help="MLflow run id, or run name.")]
 TrackingUri = Annotated[

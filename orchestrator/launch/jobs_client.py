@@ -1,96 +1,88 @@
-"""A client of Ray's job API with bounded waits, and the check of the cluster's versions."""
+"""Connects to a cluster's job API (`connect`), checks the cluster's versions, and defines what goes wrong with jobs."""
 
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import aiohttp
 import requests
 from packaging.version import Version
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from orchestrator.ray_support.private import cluster_versions, job_client
 from orchestrator.tracking.addresses import without_secrets
 from workloads.errors import ConfigError, RunFailedError
 
 LEAST_RAY, LEAST_PYTHON = "2.60", "3.11"
 _TIMEOUT_S = (5.0, 30.0)  # to connect, to answer
+_OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",  # logs every upload
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.job.sdk",  # logs the end of every log stream
+)
 
 
 class SubmitError(RunFailedError):
-    """The cluster does not take the job, or does not answer; the message says why."""
+    """The cluster refuses the job or does not answer; the message says why."""
 
 
 class JobLostError(SubmitError):
-    """The cluster no longer knows a job that it took: its head was replaced."""
+    """The cluster no longer knows a job that it accepted: its head was replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """What a cluster says of itself."""
+    """Address and versions of a cluster."""
 
     address: str
     ray: str
     python: str
 
 
-class JobClient(JobSubmissionClient):
-    """Ray's client, with an end to every wait."""
-
-    def _do_request(self, *arguments: Any, **options: Any) -> Any:
-        return super()._do_request(*arguments, timeout=_TIMEOUT_S, **options)
-
-    def ask(self, path: str) -> Any:
-        """What the cluster's HTTP API answers, decoded."""
-        answer = self._do_request("GET", path)
-        answer.raise_for_status()
-        return answer.json()
-
-    async def tail(self, job: str) -> AsyncIterator[str]:
-        """Pieces of the job's log from its beginning; ends when the connection does."""
-        url = f"{self.get_address()}/api/jobs/{job}/logs/tail"
-        async with (
-            aiohttp.ClientSession(cookies=self._cookies) as session,
-            session.ws_connect(url, headers=self._headers, ssl=self._ssl_context, heartbeat=10.0) as socket,
-        ):
-            async for message in socket:
-                if message.type == aiohttp.WSMsgType.TEXT:
-                    yield message.data
-
-
-def connect(address: str) -> tuple[JobClient, Cluster]:
-    """A client of the cluster at `address`, if it is one that can run this package.
+def connect(address: str) -> tuple[JobSubmissionClient, Cluster]:
+    """A client of the cluster at `address`, if that cluster can run this package.
 
     Raises:
-        SubmitError: it does not answer, refuses the token, or runs too old a Ray or Python.
+        ConfigError: `address` is not a dashboard's URL.
+        SubmitError: the cluster does not answer, refuses the token, or runs too old a Ray or Python.
     """
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address {address}: give the dashboard's address, as http://127.0.0.1:8265")
-    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)  # they tell of every upload
-    os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray would take it before the address that it is given
-    with _in_words(address):
-        client = JobClient(address)
-        told = client.ask("/api/v0/cluster_metadata")["data"]
-        cluster = Cluster(address=address, ray=told["rayVersion"], python=told["pythonVersion"])
-    for what, have, least in (("Ray", cluster.ray, LEAST_RAY), ("Python", cluster.python, LEAST_PYTHON)):
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with _connection_errors(address):
+        with _without_variables(_OVERRIDING):
+            client = job_client(address, timeout_s=_TIMEOUT_S)
+        ray, python = cluster_versions(client)
+    for software, have, least in (("Ray", ray, LEAST_RAY), ("Python", python, LEAST_PYTHON)):
         if Version(have) < Version(least):
-            raise SubmitError(f"{address}: the cluster runs {what} {have}; {least} or newer is needed")
-    return client, cluster
+            raise SubmitError(f"{address}: the cluster runs {software} {have}; {least} or newer is needed")
+    return client, Cluster(address=address, ray=ray, python=python)
 
 
 @contextlib.contextmanager
-def _in_words(address: str) -> Any:
+def _without_variables(names: tuple[str, ...]) -> Iterator[None]:
+    """Hide environment variables from Ray, which would prefer them to the address that it is given."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _connection_errors(address: str) -> Iterator[None]:
+    """Turn the errors of a first connection into a `SubmitError` of one sentence."""
     shown = without_secrets(address)
     try:
         yield
     except AuthenticationError as error:
-        why = "it was not given one" if "required" in str(error) else "it does not accept this one"
+        why = "none was sent" if "required" in str(error) else "it does not accept this one"
         raise SubmitError(
-            f"{shown}: the cluster wants a token, and {why}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            f"{shown}: the cluster requires a token, and {why}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from None
     except (ConnectionError, requests.RequestException) as error:
         raise SubmitError(f"{shown}: no Ray cluster answers there ({type(error).__name__})") from None

@@ -1,8 +1,9 @@
 """Imports every private name of Ray that this project uses, gives each a public wrapper, and checks them against the installed Ray.
 
-Nothing else in the project imports a private module of Ray. All names but those of `KeyValueStore` serve fast paths, which are
-optional: `fast_paths_hold()` is false for a Ray that `CHECKED_WITH` does not name or that lacks one of them, and runs then use
-Ray's public interfaces alone. Ray is imported where a name is used, because processes that need none of Ray Train import this.
+Nothing else in the project imports a private module of Ray. All names but those of `KeyValueStore` and `job_client` serve fast
+paths, which are optional: `fast_paths_hold()` is false for a Ray that `CHECKED_WITH` does not name or that lacks one of them,
+and runs then use Ray's public interfaces alone. Ray is imported where a name is used, because processes that need none of Ray
+Train import this.
 """
 
 import functools
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
     from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback as PreemptionCallback
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback as WorkerGroupCallback
     from ray.train.v2._internal.execution.controller import TrainController as TrainController
@@ -114,6 +116,15 @@ KEY_VALUE_STORE = (
     PrivateName("ray.experimental.internal_kv", "_internal_kv_del", ("key", "del_by_prefix", "namespace")),
 )
 """What every run needs: its public counterpart, a named actor, costs a process."""
+
+JOB_CLIENT = (
+    PrivateName(
+        "ray.dashboard.modules.dashboard_sdk",
+        "SubmissionClient._do_request",
+        ("self", "method", "endpoint", "data", "json_data", "kwargs"),
+    ),
+)
+"""What `orchestrator submit` needs: Ray's public client of the job API waits for an answer without end."""
 
 
 def faults(names: tuple[PrivateName, ...] = FAST_PATHS) -> list[str]:
@@ -223,3 +234,26 @@ def controller_variables() -> dict[str, str]:
 
     warn = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
     return {**get_env_vars_to_propagate(), **warn}
+
+
+def job_client(address: str, *, timeout_s: tuple[float, float]) -> "JobSubmissionClient":
+    """Ray's client of the job API at `address`, with a limit on the time to connect and the time to answer, seconds."""
+    from ray.job_submission import JobSubmissionClient
+
+    class BoundedClient(JobSubmissionClient):
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, timeout=timeout_s, **options)
+
+    return BoundedClient(address)
+
+
+def cluster_versions(client: "JobSubmissionClient") -> tuple[str, str]:
+    """The releases of Ray and Python that a cluster runs.
+
+    Raises:
+        requests.RequestException, KeyError, ValueError: the address is not that of a dashboard.
+    """
+    answer = client._do_request("GET", "/api/v0/cluster_metadata")
+    answer.raise_for_status()
+    versions = answer.json()["data"]
+    return versions["rayVersion"], versions["pythonVersion"]

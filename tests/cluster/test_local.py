@@ -1,6 +1,7 @@
-"""`cluster up local`: what comes up is what it says, is for its user alone, and goes away whole."""
+"""`cluster up local`: the nodes and services that it reports, closed to other users, and all of them gone after `down`."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import local as module
+from cluster.errors import ClusterError, ClusterRequestError
 from cluster.local import (
-    ClusterError,
+    MARK,
     LocalCluster,
     LocalOptions,
     down,
@@ -26,6 +27,7 @@ from cluster.local import (
     states,
     up,
 )
+from cluster.local.state import make_scratch_folder, write_state
 from tests.cluster.conftest import free_options, orchestrator
 
 pytestmark = pytest.mark.timeout(400)
@@ -44,7 +46,7 @@ def test_it_is_a_cluster_of_that_many_nodes_each_at_its_own_address(local: Local
     assert {name for name, (state, _) in states(local).items() if state == "RUNNING"} == {
         *("head", "node1", "node2", "mlflow", "s3-proxy", "s3-account", "s3-container", "s3-object")
     }
-    addresses = sorted(node["raylet"]["nodeManagerAddress"] for node in live_nodes(local))
+    addresses = sorted(node.address for node in live_nodes(local))
     assert addresses == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
     assert resources(local)["CPU"] == 2.0  # the head takes no work
     done = orchestrator("cluster", "status", "--folder", local.folder)
@@ -146,13 +148,11 @@ def test_only_ray_itself_listens_beyond_loopback(local: LocalCluster):
 def test_a_second_one_a_taken_port_and_want_of_memory_are_refused_in_a_sentence(
     local: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(ClusterError, match="a cluster is up already"):
+    with pytest.raises(ClusterError, match="a cluster is running in"):
         up(Path(local.folder), free_options(), node_environment={})
     with pytest.raises(ClusterError, match=f"--mlflow-port {local.options.mlflow_port}: 127.0.0.1:.* cannot be used"):
         up(tmp_path, free_options(mlflow_port=local.options.mlflow_port), node_environment={})
-    with pytest.raises(ClusterError, match="at least one node"):
-        up(tmp_path, free_options(nodes=0), node_environment={})
-    with pytest.raises(ClusterError, match=r"--nodes 100000: that takes about [\d.]+ GiB"):
+    with pytest.raises(ClusterError, match=r"--nodes 100000: the processes need about [\d.]+ GiB"):
         up(tmp_path, free_options(nodes=100_000), node_environment={})
     with pytest.raises(ClusterError, match="no cluster is up"):
         down(tmp_path)
@@ -180,9 +180,72 @@ def answers(url: str) -> bool:
         return False
 
 
+def a_cluster(folder: Path, **changed: object) -> LocalCluster:
+    values = {"id": "0" * 16, "folder": str(folder), "scratch": str(folder), "created": 0.0, "boot": psutil.boot_time()}
+    return LocalCluster(**{**values, "options": LocalOptions(), **changed})  # type: ignore[arg-type]
+
+
+def test_its_processes_are_the_marked_ones_and_their_children_and_no_reader_of_a_log(tmp_path: Path):
+    log = tmp_path / "raylet.log"
+    log.write_text("a line\n")
+    cluster = a_cluster(tmp_path)
+    reader = subprocess.Popen(["tail", "-f", str(log)], stdout=subprocess.DEVNULL)
+    # Its child has another environment, as a process whose title overwrote it.
+    parent = subprocess.Popen(["sh", "-c", "env -i sleep 300; true"], env={**os.environ, MARK: cluster.id})
+    other = subprocess.Popen(["sleep", "300"], env={**os.environ, MARK: "1" * 16})
+    try:
+        deadline = time.monotonic() + 30
+        while not (children := psutil.Process(parent.pid).children()) or children[0].name() != "sleep":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert {process.pid for process in processes(cluster)} == {parent.pid, children[0].pid}
+        write_state(cluster)
+        assert down(tmp_path) == 2
+        assert reader.poll() is None and other.poll() is None and parent.wait(10) != 0
+    finally:
+        for process in (reader, parent, other):
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"gcs_port": 12000}, "--gcs-port 12000: Ray's workers use ports 10002 to 19999"),
+        ({"mlflow_port": 19999}, "--mlflow-port 19999: Ray's workers"),
+        ({"dashboard_port": 10001}, r"--dashboard-port\+1 10002: Ray's workers"),
+        ({"store": "swift", "s3_port": 9999}, r"--s3-port\+3 10002: Ray's workers"),
+        ({"mlflow_port": 8265}, "--dashboard-port 8265: 2 services cannot share one port"),
+        ({"mlflow_port": 70000}, "--mlflow-port 70000: a port is a number"),
+        ({"nodes": 0}, "at least one node"),
+        ({"store": "minio"}, "give none or swift"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_starts(tmp_path: Path, changed: dict, sentence: str):
+    with pytest.raises(ClusterRequestError, match=sentence) as error:
+        up(tmp_path / "folder", LocalOptions(**{"client_port": 9990, **changed}), node_environment={})
+    assert error.value.exit_code == 2 and not (tmp_path / "folder").exists()
+
+
+def test_sockets_get_a_short_folder_where_the_temporary_one_has_a_long_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    long = tmp_path / ("x" * (110 - len(str(tmp_path)) - 1))
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    scratch = Path(make_scratch_folder())
+    try:
+        session = scratch / "node999" / "session_2026-01-01_00-00-00_000000_0000000" / "sockets"
+        session.mkdir(parents=True)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(session / "plasma_store"))
+    finally:
+        shutil.rmtree(scratch)
+
+
 def test_down_ends_what_a_killed_supervisor_left_and_nothing_else(tmp_path: Path):
-    bystander = subprocess.Popen(["sleep", "300"])
     made = up(tmp_path, free_options(nodes=1, cpus_per_node=1), node_environment={})
+    log = next(Path(made.scratch).glob("head/session_2*/logs/gcs_server.out"))
+    bystander = subprocess.Popen(["tail", "-f", str(log)], stdout=subprocess.DEVNULL)
     try:
         for process in processes(made):
             if "supervisord" in " ".join(process.cmdline()):
@@ -202,16 +265,9 @@ def test_down_ends_what_a_killed_supervisor_left_and_nothing_else(tmp_path: Path
 
 
 def test_after_another_boot_the_old_state_is_known_to_be_stale(tmp_path: Path):
-    stale = LocalCluster(
-        id="0" * 16,
-        folder=str(tmp_path),
-        scratch=str(tmp_path / "scratch"),
-        created=0.0,
-        boot=psutil.boot_time() - 86_400,
-        options=LocalOptions(),
-    )
-    module._write_private(tmp_path / "cluster.json", module.json.dumps(module.asdict(stale)))
+    stale = a_cluster(tmp_path, scratch=str(tmp_path / "scratch"), boot=psutil.boot_time() - 86_400)
+    write_state(stale)
     assert processes(stale) == []
     said = orchestrator("cluster", "status", "--folder", str(tmp_path))
-    assert said.returncode == 1 and "was lost with its machine" in said.stderr
+    assert said.returncode == 1 and "ended with its machine" in said.stderr
     assert down(tmp_path) == 0 and find(tmp_path) is None

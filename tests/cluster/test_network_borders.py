@@ -194,7 +194,7 @@ def bring_up(made: Machines) -> None:
     )
     for kind, command in commands.items():
         made.start("store", *command, more=swift.server_environment(), log=f"s3-{kind}")
-    ray = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
+    ray = (str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats")
     scratch = f"/tmp/{made.prefix}"
     made.start(
         "head",

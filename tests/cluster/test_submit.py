@@ -19,10 +19,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from cluster.local import LocalCluster, live_nodes, processes
+from cluster.local import LocalCluster, processes
 from orchestrator.experiments.load import load_experiment
-from orchestrator.launch.jobs_client import SubmitError
-from orchestrator.launch.submit import check_portable, job_name, working_directory
+from orchestrator.launch.jobs_client import SubmitError, connect
+from orchestrator.launch.submit import check_portable, job_name, without_password, working_directory
 from orchestrator.ray_support import credentials
 from tests.cluster.conftest import everything_written, orchestrator
 from tests.orchestrator.conftest import write_experiment
@@ -73,12 +73,10 @@ def ray_says(cluster: LocalCluster, path: str) -> Any:
 def prometheus_pages(cluster: LocalCluster) -> str:
     """What the agents of all nodes tell Prometheus."""
     text = ""
-    for node in live_nodes(cluster):
-        port = node["raylet"]["metricsExportPort"]
-        with urllib.request.urlopen(
-            f"http://{node['raylet']['nodeManagerAddress']}:{port}/metrics", timeout=10
-        ) as page:
-            text += page.read().decode()
+    for target in json.loads(Path(cluster.scratch, "head", "prom_metrics_service_discovery.json").read_text()):
+        for address in target["targets"]:
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
+                text += page.read().decode()
     return text
 
 
@@ -241,7 +239,7 @@ def test_ray_job_submit_does_the_same(local: LocalCluster, experiment: Path, tmp
         (tmp_path / package).symlink_to(root / package)
     (tmp_path / "experiment.yaml").write_text(experiment.read_text())
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", str(tmp_path), "--"),
+        *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", str(tmp_path), "--"),
         *("python", "-m", "orchestrator", "train", "experiment.yaml", "steps=4", "evaluation.uri=null"),
         *("tracking.run_name=plain", f"tracking.uri={local.tracking_uri}"),
     ]
@@ -291,9 +289,34 @@ def test_what_only_this_machine_has_is_refused_before_it_is_sent(experiment: Pat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:word@mlflow.example")
     check_portable(loaded, "http://10.0.0.5:8265")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
-    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL: .* is this machine's own"):
+    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL: .* is this machine's loopback"):
         check_portable(loaded, "http://10.0.0.5:8265")
     check_portable(loaded, "http://127.0.0.1:8265")
+
+
+def test_a_password_in_an_address_is_not_in_what_is_sent(experiment: Path):
+    address = f"https://me:{PLANTED}@mlflow.example"
+    loaded = load_experiment(str(experiment), [f"tracking.uri={address}"])
+    packaged, variables = without_password(loaded)
+    assert variables == {"MLFLOW_TRACKING_URI": address}
+    visible, secret = credentials.divide(variables)
+    assert not visible and secret == variables
+    with working_directory(packaged, secret=secret) as folder:
+        for path in [path for path in folder.rglob("*") if path.is_file() and path.name != credentials.FILE]:
+            assert PLANTED.encode() not in path.read_bytes(), path
+        assert load_experiment(str(folder / "experiment.yaml")).tracking.uri is None  # so the variable decides
+    assert without_password(packaged) == (packaged, {})
+    stored = load_experiment(str(experiment), [f"storage.path=s3://me:{PLANTED}@bucket/runs"])
+    with pytest.raises(ConfigError, match=r"storage.path: its address has a password"):
+        check_portable(stored, "http://127.0.0.1:8265")
+
+
+@pytest.mark.parametrize("name", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_the_address_that_is_given_wins_and_the_users_variables_stay(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with pytest.raises(SubmitError, match=f"http://127.0.0.1:{(port := free_port())}: no Ray cluster answers"):
+        connect(f"http://127.0.0.1:{port}")
+    assert os.environ[name] == "http://127.0.0.1:1"
 
 
 def test_names_of_jobs_are_readable_and_never_the_same(experiment: Path):

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator.ray_support import private
-from orchestrator.ray_support.private import FAST_PATHS, KEY_VALUE_STORE, PrivateName
+from orchestrator.ray_support.private import FAST_PATHS, JOB_CLIENT, KEY_VALUE_STORE, PrivateName
 
 ROOT = Path(__file__).parents[3]
 PRIVATE = ("ray._private", "ray._raylet", "ray.core.generated", "ray.experimental.internal_kv")
 
 
-@pytest.mark.parametrize("name", FAST_PATHS + KEY_VALUE_STORE, ids=lambda name: f"{name.module}.{name.name}")
+@pytest.mark.parametrize("name", FAST_PATHS + KEY_VALUE_STORE + JOB_CLIENT, ids=lambda name: f"{name.module}.{name.name}")
 def test_ray_has(name: PrivateName) -> None:
     assert name.fault() is None
 
