@@ -22,6 +22,13 @@ def counts(row, column, box, grid, size):
     return int((box[0] + box[2]) / 2 // cell) == column and int((box[1] + box[3]) / 2 // cell) == row
 
 
+def lies_wholly_inside(row, column, box, grid, size):
+    """Whether all of the cell lies inside the box."""
+    cell = size / grid
+    x, y = column * cell, row * cell
+    return box[0] <= x and x + cell <= box[2] and box[1] <= y and y + cell <= box[3]
+
+
 def chance(box, grid, size):
     """Share of the cells that would count."""
     return sum(counts(r, c, box, grid, size) for r in range(grid) for c in range(grid)) / grid**2

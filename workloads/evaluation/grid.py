@@ -28,6 +28,9 @@ from workloads.storage.checkpoint import read_meta
 from workloads.types import ImageBatch
 
 
+_INITIAL_NETWORKS = 2  # untrained networks in `riga_initial`, which is kept for comparison with older figures only
+
+
 class GridEvaluation:
     """SGA, RIGA and GAP-R of a model on one dataset, reported through the runtime by every rank alike."""
 
@@ -42,41 +45,53 @@ class GridEvaluation:
         """
         protocol = self.settings.protocol
         model.eval()
-        networks = self._untrained() if final else []
-        mine = grid_accuracy.measure(model, networks, lambda: self._batches(), protocol)  # type: ignore[arg-type]
+        untrained = self._untrained() if final else []
+        initial = self._untrained(calibrated=False)[:_INITIAL_NETWORKS] if final else []
+        mine = grid_accuracy.measure(model, untrained, lambda: self._batches(), protocol, initial=initial)  # type: ignore[arg-type]
         tables = grid_accuracy.merge([_gathered(mine)])
         figures = grid_accuracy.summarize(tables, protocol)
         folder = None
         if self.runtime.rank == 0:
             folder = new_folder()
             self._write_artifacts(folder, model, tables, figures, step)  # type: ignore[arg-type]
-        self.runtime.report(figures, step=step, artifacts=folder)
+        self.runtime.report(grid_accuracy.headline_figures(figures), step=step, artifacts=folder)
         return figures
 
-    def _untrained(self) -> list[GridModel]:
-        """Networks of the run's architecture and other seeds, in eval mode with BatchNorm's initial statistics (mean 0, variance 1)."""
+    def _untrained(self, *, calibrated: bool = True) -> list[GridModel]:
+        """Networks of the run's architecture and other seeds, in eval mode.
+
+        Args:
+            calibrated: BatchNorm has the statistics of the first evaluation images; else its initial ones (mean 0, variance 1).
+        """
         networks: list[GridModel] = []
         state = torch.get_rng_state()
         for i in range(self.settings.protocol.untrained_networks):
             torch.manual_seed(self.settings.protocol.seed + i)
             network: Any = build_objective(self.run_settings, seed=0).eval().to(self.runtime.device)
+            if calibrated:
+                grid_accuracy.calibrate(network, self._calibration_batches(), self.settings.protocol)
             networks.append(network)
         torch.set_rng_state(state)
         return networks
 
     def _batches(self) -> Iterator[ImageBatch]:
-        # Queries come from the source resolution, whatever the training reads.
-        settings = self.settings
-        reading = DataConfig(uri=settings.uri or self.dataset.uri, decode_size=None)
-        loader = EvalLoader(
-            self.dataset,
-            reading,
-            batch_size=settings.batch_size,
+        """This rank's share of the evaluation images."""
+        return self._read(
+            batch_size=self.settings.batch_size,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
-            limit=settings.limit,
+            limit=self.settings.limit,
         )
-        for batch in loader:
+
+    def _calibration_batches(self) -> Iterator[ImageBatch]:
+        """The first images of the dataset, the same on every rank."""
+        images = self.settings.protocol.statistics_images
+        return self._read(batch_size=grid_accuracy.CALIBRATION_BATCH, limit=min(images, self.settings.limit or images))
+
+    def _read(self, **share: Any) -> Iterator[ImageBatch]:
+        # Queries come from the source resolution, whatever the training reads.
+        reading = DataConfig(uri=self.settings.uri or self.dataset.uri, decode_size=None)
+        for batch in EvalLoader(self.dataset, reading, **share):
             yield batch.to(self.runtime.device)
 
     def _write_artifacts(
@@ -112,16 +127,15 @@ class GridEvaluation:
             draw_heatmaps(views, maps, target, title=_title(figures, suite, step))
 
     def _first_images(self, count: int) -> ImageBatch:
-        reading = DataConfig(uri=self.settings.uri or self.dataset.uri, decode_size=None)
-        batches = iter(EvalLoader(self.dataset, reading, batch_size=min(count, self.dataset.num_images), limit=count))
+        batches = self._read(batch_size=min(count, self.dataset.num_images), limit=count)
         batch = next(batches)
         batches.close()  # type: ignore[attr-defined]
-        return batch.to(self.runtime.device)
+        return batch
 
 
 def _title(figures: dict[str, float], suite: str, step: int) -> str:
     prefix = "eval/" if suite == "plain" else f"eval/{suite}/"
-    named = (("SGA", "sga"), ("pixel", "pixel"), ("chance", "chance"))
+    named = (("SGA", "sga"), ("strict", "sga_strict"), ("pixel", "pixel"), ("chance", "chance"))
     return f"{suite}, step {step}:  " + "   ".join(f"{name} {100 * figures[prefix + key]:.1f} %" for name, key in named)
 
 

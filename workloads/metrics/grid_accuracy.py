@@ -1,19 +1,27 @@
-"""SGA, RIGA and GAP-R: does a crop's embedding point at the place in the image that the crop was taken from?
+"""Similarity Grid Accuracy (SGA), Random-Initialisation Grid Accuracy (RIGA) and Grid Alignment Performance Ratio (GAP-R).
 
-For each frozen crop, the cell of highest similarity is a *hit* if its centre lies inside the crop's box, or if it is the
-cell that holds the crop's centre (else a coarse level could never hit). SGA is the share of hits; RIGA the same for untrained
-networks; GAP-R their ratio (arXiv 2402.13465, section 4). The protocol is frozen: nothing here depends on how a model was trained.
+SGA asks whether the embedding of a crop is most similar to the cell of the image that the crop was taken from; it is the share of
+crops for which it is (hits). RIGA is the same share for untrained networks, and GAP-R = SGA / RIGA (arXiv 2402.13465).
+The paper's text does not define a hit, so there are two rules, measured side by side:
+
+- `centre`: the centre of the most similar cell lies inside the crop's box, or the cell holds the centre of the crop (else a
+  coarse level could never hit). Figures without a suffix follow it.
+- `strict`: the whole cell lies inside the box, as public reviews of the paper describe it. Figures with `_strict` follow it.
+
+Untrained networks normalise by batch statistics, measured on the first images of the evaluation set (`calibrate`). With the
+initial statistics of BatchNorm (mean 0, variance 1) they find less than chance and GAP-R grows several-fold; that older figure
+is kept as `riga_initial`. The protocol is frozen: nothing here depends on how a model was trained.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from workloads.config import config
 from workloads.data.views.cells import cell_of, cells_inside, centers_inside, one_hot_cell
@@ -25,6 +33,13 @@ from workloads.types import FeaturePyramid, ImageBatch, Views
 
 SUITES = ("plain", "photometric")
 MEAN_MAP = "mean"
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+Rule = Literal["centre", "strict"]
+RULES: tuple[Rule, ...] = ("centre", "strict")
+"""When the most similar cell counts as a hit; see the module's docstring."""
+
+CALIBRATION_BATCH = 32
+"""Images in each batch of `calibrate`; part of the protocol, because batch statistics depend on it."""
 _LEAST_CELLS = 4  # a level with fewer cells a side is not scored: a guess would hit too often
 
 
@@ -46,8 +61,10 @@ class GridAccuracyConfig:
     """Least and largest side of a crop, as a share of the image's longer side."""
     untrained_networks: Annotated[int, Field(ge=0)] = 5
     """Untrained networks pooled in RIGA; 0 leaves RIGA and GAP-R out."""
+    statistics_images: Annotated[int, Field(ge=1)] = 128
+    """Images, the first of the evaluation set, on which the batch statistics of untrained networks are measured."""
     pixel_windows: tuple[Annotated[int, Field(ge=4)], ...] = (12, 16, 20, 24, 28, 32)
-    """Window sides tried by the row that learns nothing, pixels of the view; the best one counts."""
+    """Window sides tried by the colour-statistics baseline (`pixel`), pixels of the view; the best one counts."""
     seed: int = 2402
     """Seed of the crops, the untrained networks and the bootstrap."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
@@ -77,14 +94,6 @@ class GridModel(Protocol):
     def embed_crops(self, crops: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Hits of one network on one suite: name of the map → (N images, K crops); maps are the levels and "mean"."""
-
-    hits: dict[str, np.ndarray]
-    strict: np.ndarray  # bool (N, K): the mean map's best cell lies wholly inside the box
-
-
 def frozen_views(batch: ImageBatch, protocol: GridAccuracyConfig, suite: str) -> Views:
     """The queries of `batch`: a function of the image id and the protocol alone, and the same boxes in both suites."""
     keys = text_keys(batch.image_ids).to(batch.images.device)
@@ -112,10 +121,12 @@ def with_mean_map(maps: dict[str, Tensor], grid: int) -> dict[str, Tensor]:
     return {**scored, MEAN_MAP: torch.stack(resized).mean(0)}
 
 
-def would_hit(views: Views, grid_hw: tuple[int, int]) -> Tensor:
-    """bool (B, K, cells): the cells that count as a hit if they are the most similar."""
+def would_hit(views: Views, grid_hw: tuple[int, int], rule: Rule = "centre") -> Tensor:
+    """bool (B, K, cells): the cells that count as a hit by `rule` if they are the most similar."""
     geometry = views.geometry
     box, size = geometry.box_xyxy, geometry.full_size_hw
+    if rule == "strict":
+        return cells_inside(box, grid_hw, size)
     holds_center = one_hot_cell(cell_of(geometry.center_xy, grid_hw, size), grid_hw[0] * grid_hw[1])
     return centers_inside(box, grid_hw, size) | holds_center
 
@@ -127,7 +138,7 @@ def best_cell_is_in(maps: Tensor, cells: Tensor) -> Tensor:
 
 
 def pixel_maps(views: Views, window: int, grid: int) -> Tensor:
-    """The row that learns nothing: minus the distance of colour mean and deviation between crop and window.
+    """The colour-statistics baseline (`pixel`): minus the distance of colour mean and deviation between crop and window.
 
     Returns:
         float32 (B, K, grid, grid); the window stands on each cell's centre and is cut at the border.
@@ -156,14 +167,28 @@ def colour_maps(full: Tensor, colours: Tensor, window: int, grid: int) -> Tensor
     return -torch.cdist(statistics(*colours.chunk(2, dim=-1)), cells).unflatten(-1, (grid, grid))
 
 
-def score_batch(maps: dict[str, Tensor], views: Views) -> tuple[dict[str, Tensor], Tensor]:
-    """Hits {name: bool (B, K)} of similarity maps, and the strict hits of the mean map."""
-    hits = {}
-    for name, m in maps.items():
-        hits[name] = best_cell_is_in(m, would_hit(views, (m.shape[-2], m.shape[-1])))
-    mean = maps[MEAN_MAP]
-    wholly = cells_inside(views.geometry.box_xyxy, (mean.shape[-2], mean.shape[-1]), views.geometry.full_size_hw)
-    return hits, best_cell_is_in(mean, wholly)
+def column_of(figure: str, rule: Rule = "centre", level: str = MEAN_MAP, index: int | None = None) -> str:
+    """Name of a column of the table of hits, and of the figure made from it: `sga`, `sga_strict_p3`, `riga_strict_0`, …."""
+    parts = [figure, "strict" if rule == "strict" else "", level.lower() if level != MEAN_MAP else ""]
+    return "_".join([part for part in parts if part] + ([] if index is None else [str(index)]))
+
+
+def score_batch(figure: str, maps: dict[str, Tensor], views: Views, index: int | None = None) -> dict[str, Tensor]:
+    """Hits of similarity maps by both rules, {column: bool (B, K)}, with columns named after `figure`."""
+    return {
+        column_of(figure, rule, name, index): best_cell_is_in(m, would_hit(views, (m.shape[-2], m.shape[-1]), rule))
+        for name, m in maps.items()
+        for rule in RULES
+    }
+
+
+def _chance(maps: dict[str, Tensor], views: Views) -> dict[str, Tensor]:
+    """Share of the cells that would hit, {column: float (B, K)}."""
+    return {
+        column_of("chance", rule, name): would_hit(views, (m.shape[-2], m.shape[-1]), rule).float().mean(-1)
+        for name, m in maps.items()
+        for rule in RULES
+    }
 
 
 class SuiteHits:
@@ -184,37 +209,68 @@ class SuiteHits:
 
 
 @torch.no_grad()
+def calibrate(network: nn.Module, batches: Iterable[ImageBatch], protocol: GridAccuracyConfig) -> None:
+    """Replace the running statistics of every BatchNorm of `network` by the mean of its batch statistics on `batches`.
+
+    Every rank passes the same batches of `CALIBRATION_BATCH` images, so that the statistics do not depend on the number of
+    ranks. A network without BatchNorm is left as it is.
+    """
+    norms = [m for m in network.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    if not norms:
+        return
+    network.eval()
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    for count, batch in enumerate(batches, start=1):
+        for norm in norms:
+            norm.momentum = 1 / count  # a cumulative mean
+        views = frozen_views(batch, protocol, "plain")
+        network.embed_grid(views.full[batch.valid])  # type: ignore[operator]
+        network.embed_crops(views.crops[batch.valid].flatten(0, 1))  # type: ignore[operator]
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+@torch.no_grad()
 def measure(
     model: GridModel,
     untrained: Iterable[GridModel],
     batches: Callable[[], Iterable[ImageBatch]],
     protocol: GridAccuracyConfig,
     *,
+    initial: Iterable[GridModel] = (),
     suites: tuple[str, ...] = SUITES,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Hits of this rank's images, {suite: {column: float32 (N, K)}}, with the image's hash as column `image` (N, 1).
 
-    Columns: `sga` and `sga_strict` of the mean map, `sga_p3` … of the levels, `chance`, `pixel_WINDOW`, `riga_0` ….
+    Columns (`column_of`): `sga`, `chance` and `riga_NETWORK` by both rules, of the mean map and of each level;
+    `pixel_WINDOW` by both rules; `riga_initial_NETWORK`.
 
     Args:
-        model: in eval mode. untrained: networks of the same architecture, in eval mode with their initial statistics.
-        batches: makes the pass over the images; called once.
+        model: in eval mode.
+        untrained: networks of the same architecture in eval mode, with batch statistics (`calibrate`).
+        batches: starts the pass over the images; called once.
+        initial: networks of the same architecture in eval mode, with the initial statistics of BatchNorm.
     """
-    others = list(untrained)
+    others, before = list(untrained), list(initial)
     tables = {suite: SuiteHits() for suite in suites}
     for batch in batches():
         for suite in suites:
             views = frozen_views(batch, protocol, suite)
             maps = similarity_maps(model, views, protocol)
-            hits, strict = score_batch(maps, views)
-            columns = {"sga" if n == MEAN_MAP else f"sga_{n.lower()}": h for n, h in hits.items()}
-            columns["sga_strict"] = strict
-            reach = would_hit(views, (protocol.grid, protocol.grid))
-            columns["chance"] = reach.float().mean(-1)
+            columns = score_batch("sga", maps, views) | _chance(maps, views)
             for window in protocol.pixel_windows:
-                columns[f"pixel_{window}"] = best_cell_is_in(pixel_maps(views, window, protocol.grid), reach)
+                pixel = {MEAN_MAP: pixel_maps(views, window, protocol.grid)}
+                columns |= score_batch("pixel", pixel, views, window)
             for i, network in enumerate(others):
-                columns[f"riga_{i}"] = best_cell_is_in(similarity_maps(network, views, protocol)[MEAN_MAP], reach)
+                columns |= score_batch("riga", similarity_maps(network, views, protocol), views, i)
+            for i, network in enumerate(before):
+                mean = {MEAN_MAP: similarity_maps(network, views, protocol)[MEAN_MAP]}
+                hits = score_batch("riga_initial", mean, views, i)
+                columns |= {name: hit for name, hit in hits.items() if "strict" not in name}
             columns["image"] = text_keys(batch.image_ids)[:, None].to(views.full.device)
             _add(tables[suite], columns, batch.valid)
     return {suite: table.table() for suite, table in tables.items()}
@@ -243,9 +299,11 @@ def merge(parts: list[dict[str, dict[str, np.ndarray]]]) -> dict[str, dict[str, 
 def summarize(tables: dict[str, dict[str, np.ndarray]], protocol: GridAccuracyConfig) -> dict[str, float]:
     """Figures under their tracking keys; the plain suite's have no infix, the other's are `eval/photometric/…`.
 
-    `eval/sga`, `eval/sga_low`, `eval/sga_high` (95 %), `eval/sga_p3` …, `eval/sga_strict`, `eval/chance`, `eval/pixel`,
-    `eval/riga`, `eval/gap_r` with its interval, `eval/over_chance`, and `eval/gain` = SGA − pixel, paired on the same crops.
-    A ratio over an exact zero (no untrained network hit anything) is left out.
+    By the centre rule, of the mean map: `eval/sga`, `eval/chance`, `eval/over_chance`, `eval/pixel`, `eval/gain` (SGA − pixel,
+    paired on the same crops), `eval/riga`, `eval/gap_r`, with 95 % intervals as `…_low` and `…_high`. By the strict rule the
+    same with `_strict`, as `eval/sga_strict`, `eval/sga_strict_low`. Of a level the same with its name, as `eval/gap_r_p3`,
+    `eval/gap_r_strict_p3` (`pixel` and `gain` have no levels). `eval/riga_initial` is RIGA with the initial statistics of BatchNorm.
+    A ratio over an exact zero (no untrained network hit anything, no cell can hit) is left out.
     """
     figures: dict[str, float] = {}
     for suite, table in tables.items():
@@ -256,33 +314,66 @@ def summarize(tables: dict[str, dict[str, np.ndarray]], protocol: GridAccuracyCo
     return figures
 
 
-def _interval(numerator: np.ndarray, denominator: np.ndarray, protocol: GridAccuracyConfig) -> tuple[float, float]:
-    images = len(numerator)
-    return interval(ratio(numerator, denominator), images, seed=protocol.seed, resamples=protocol.bootstrap)
+def headline_figures(figures: Mapping[str, float]) -> dict[str, float]:
+    """`figures` without the interval bounds of single levels, which are for tables rather than for charts."""
+    level_bound = re.compile(r"_p\d_(low|high)$")
+    return {name: value for name, value in figures.items() if not level_bound.search(name)}
 
 
 def _suite_figures(table: dict[str, np.ndarray], protocol: GridAccuracyConfig) -> dict[str, float]:
     per_image = {name: column.astype(np.float64).mean(1) for name, column in table.items() if name != "image"}
-    n = len(per_image["sga"])
-    one = np.ones(n)
-    figures = {name: float(v.mean()) for name, v in per_image.items() if not name.startswith(("pixel_", "riga_"))}
-    figures["images"] = float(n)
-    figures["sga_low"], figures["sga_high"] = _interval(per_image["sga"], one, protocol)
-    best = max((name for name in per_image if name.startswith("pixel_")), key=lambda name: per_image[name].mean())
-    figures["pixel"], figures["pixel_window"] = float(per_image[best].mean()), float(best.removeprefix("pixel_"))
-    gain = per_image["sga"] - per_image[best]
-    figures["gain"] = float(gain.mean())
-    figures["gain_low"], figures["gain_high"] = _interval(gain, one, protocol)
-    figures["over_chance"] = figures["sga"] / figures["chance"]
-    untrained = [v for name, v in per_image.items() if name.startswith("riga_")]
-    if untrained:
-        riga = np.mean(untrained, axis=0)
-        figures["riga"] = float(riga.mean())
-        figures["riga_low"], figures["riga_high"] = _interval(riga, one, protocol)
-        if riga.any():
-            figures["gap_r"] = figures["sga"] / figures["riga"]
-            figures["gap_r_low"], figures["gap_r_high"] = _interval(per_image["sga"], riga, protocol)
+    one = np.ones(len(per_image["sga"]))
+    figures = {"images": float(len(one))}
+    levels = [MEAN_MAP, *(level for level in protocol.levels if f"sga_{level.lower()}" in per_image)]
+    for rule in RULES:
+        for level in levels:
+            figures |= _map_figures(per_image, rule, level, protocol)
+        windows = {window: per_image[column_of("pixel", rule, index=window)] for window in protocol.pixel_windows}
+        best = max(windows, key=lambda window: windows[window].mean())
+        pixel, gain = column_of("pixel", rule), column_of("gain", rule)
+        figures[pixel], figures[column_of("pixel_window", rule)] = float(windows[best].mean()), float(best)
+        difference = per_image[column_of("sga", rule)] - windows[best]
+        figures |= _with_interval(gain, difference, one, protocol)
+    if initial := _networks(per_image, "riga_initial"):
+        figures["riga_initial"] = float(np.mean(initial))
     return {name: value for name, value in figures.items() if np.isfinite(value)}
+
+
+def _map_figures(
+    per_image: dict[str, np.ndarray], rule: Rule, level: str, protocol: GridAccuracyConfig
+) -> dict[str, float]:
+    """SGA, chance, their ratio, RIGA and GAP-R of one map by one rule."""
+    hits = per_image[column_of("sga", rule, level)]
+    one = np.ones(len(hits))
+    chance = float(per_image[column_of("chance", rule, level)].mean())
+    figures = _with_interval(column_of("sga", rule, level), hits, one, protocol)
+    figures[column_of("chance", rule, level)] = chance
+    if chance > 0:
+        figures[column_of("over_chance", rule, level)] = float(hits.mean()) / chance
+    if untrained := _networks(per_image, column_of("riga", rule, level)):
+        riga = np.mean(untrained, axis=0)
+        figures |= _with_interval(column_of("riga", rule, level), riga, one, protocol)
+        if riga.any():
+            figures |= _with_interval(column_of("gap_r", rule, level), hits, riga, protocol)
+    return figures
+
+
+def _networks(per_image: dict[str, np.ndarray], figure: str) -> list[np.ndarray]:
+    """The columns of each untrained network: `figure` and a number."""
+    return [column for name, column in per_image.items() if re.fullmatch(rf"{figure}_\d+", name)]
+
+
+def _with_interval(
+    name: str, numerator: np.ndarray, denominator: np.ndarray, protocol: GridAccuracyConfig
+) -> dict[str, float]:
+    """Σ numerator / Σ denominator as `name`, and its 95 % interval over images."""
+    low, high = _interval(numerator, denominator, protocol)
+    return {name: float(numerator.sum() / denominator.sum()), f"{name}_low": low, f"{name}_high": high}
+
+
+def _interval(numerator: np.ndarray, denominator: np.ndarray, protocol: GridAccuracyConfig) -> tuple[float, float]:
+    images = len(numerator)
+    return interval(ratio(numerator, denominator), images, seed=protocol.seed, resamples=protocol.bootstrap)
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, protocol: GridAccuracyConfig) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from workloads.metrics.average_precision import DetectionTable, Truth
-from workloads.metrics.corloc import overlaps
+from workloads.metrics.corloc import iou_of
 
 THRESHOLDS = tuple(np.arange(50, 100, 5) / 100)
 """IoU thresholds that `voc_ap` is the mean over."""
@@ -46,8 +46,8 @@ def _class_precision(table: DetectionTable, truth: Truth, name: str, label: int,
     by_image = np.argsort(table.image[rows], kind="stable")  # within an image still by falling score
     images = table.image[rows][by_image]
     positives, seen = 0, 0
-    target = np.full(len(rows), -1)  # number of the object that each detection overlaps most
-    iou = np.zeros((2, len(rows)))  # its intersection and union with it
+    target = np.full(len(rows), -1)  # number of the object that each detection overlaps most, and their IoU
+    iou = np.zeros(len(rows))
     free = np.zeros(len(rows), dtype=bool)  # whether that object is difficult
     for image, item in enumerate(truth.objects):
         mine = np.array([category == name for category in item.categories], dtype=bool)
@@ -57,16 +57,16 @@ def _class_precision(table: DetectionTable, truth: Truth, name: str, label: int,
         positives += int((~difficult).sum())
         places = by_image[slice(*np.searchsorted(images, [image, image + 1]))]
         if len(places):
-            inner, union = overlaps(table.boxes_xyxy[rows[places]], item.boxes_xyxy[mine])
-            best = (inner / np.where(union > 0, union, 1.0)).argmax(axis=1)
-            iou[:, places] = np.take_along_axis(np.stack([inner, union]), best[None, :, None], axis=2)[..., 0]
+            ious = iou_of(table.boxes_xyxy[rows[places]], item.boxes_xyxy[mine])
+            best = ious.argmax(axis=1)
+            iou[places] = ious.max(axis=1)
             target[places], free[places] = seen + best, difficult[best]
         seen += int(mine.sum())
     if positives == 0:
         return np.full(len(THRESHOLDS), np.nan)
     precisions = []
     for threshold in THRESHOLDS:
-        covers = iou[0] > threshold * iou[1]
+        covers = iou > threshold
         candidates = np.flatnonzero(covers & ~free)
         true = np.zeros(len(rows), dtype=bool)
         true[candidates[np.unique(target[candidates], return_index=True)[1]]] = (

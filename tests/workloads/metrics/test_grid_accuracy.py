@@ -17,7 +17,9 @@ from workloads.metrics.grid_accuracy import (
     MEAN_MAP,
     GridAccuracyConfig,
     best_cell_is_in,
+    calibrate,
     frozen_views,
+    headline_figures,
     measure,
     merge,
     paired_difference,
@@ -26,7 +28,7 @@ from workloads.metrics.grid_accuracy import (
     with_mean_map,
     would_hit,
 )
-from workloads.models.backbone import BackboneConfig
+from workloads.models.backbone import BackboneConfig, Norm
 from workloads.objectives.anchor_ntxent import AnchorNTXent, AnchorNTXentConfig
 
 PROTOCOL = GridAccuracyConfig(crops_per_image=4, bootstrap=200, untrained_networks=2)
@@ -72,6 +74,10 @@ def test_hits_equal_the_restatement():
                 row, column = oracle.best_cell(maps[b, k].tolist())
                 assert bool(hits[b, k]) == oracle.counts(row, column, box, grid, 128)
                 assert float(reach[b, k].float().mean()) == pytest.approx(oracle.chance(box, grid, 128))
+                wholly = would_hit(views, (grid, grid), "strict")
+                assert bool(best_cell_is_in(maps, wholly)[b, k]) == oracle.lies_wholly_inside(
+                    row, column, box, grid, 128
+                )
 
 
 def test_ties_go_to_the_first_cell():
@@ -173,22 +179,94 @@ def test_a_model_that_knows_hits_and_one_that_is_blind_does_not():
         assert "eval/gap_r" not in figures
 
 
-def test_gap_r_by_hand():
+def test_figures_by_hand() -> None:
     table = {
         "sga": np.array([[1, 1], [1, 0], [0, 1], [1, 1]], dtype=np.float32),  # 6 of 8
-        "sga_strict": np.zeros((4, 2), np.float32),
+        "sga_strict": np.array([[1, 0], [0, 0], [0, 1], [0, 0]], dtype=np.float32),  # 2 of 8
+        "sga_p3": np.array([[1, 0], [0, 0], [0, 0], [1, 0]], dtype=np.float32),
+        "sga_strict_p3": np.zeros((4, 2), np.float32),
         "chance": np.full((4, 2), 0.05, np.float32),
+        "chance_strict": np.full((4, 2), 0.025, np.float32),
+        "chance_p3": np.full((4, 2), 0.05, np.float32),
+        "chance_strict_p3": np.zeros((4, 2), np.float32),
         "pixel_16": np.array([[1, 0], [0, 0], [0, 0], [0, 0]], np.float32),
         "pixel_24": np.array([[1, 0], [1, 0], [0, 0], [0, 0]], np.float32),
+        "pixel_strict_16": np.array([[1, 0], [0, 0], [0, 0], [0, 0]], np.float32),
+        "pixel_strict_24": np.zeros((4, 2), np.float32),
         "riga_0": np.array([[0, 0], [1, 0], [0, 0], [0, 0]], np.float32),
         "riga_1": np.array([[0, 0], [0, 0], [0, 0], [1, 1]], np.float32),
+        "riga_strict_0": np.array([[0, 0], [1, 0], [0, 0], [0, 0]], np.float32),
+        "riga_strict_1": np.zeros((4, 2), np.float32),
+        "riga_p3_0": np.array([[1, 0], [0, 0], [0, 0], [0, 0]], np.float32),
+        "riga_p3_1": np.zeros((4, 2), np.float32),
+        "riga_strict_p3_0": np.zeros((4, 2), np.float32),
+        "riga_strict_p3_1": np.zeros((4, 2), np.float32),
+        "riga_initial_0": np.zeros((4, 2), np.float32),
+        "riga_initial_1": np.array([[1, 0], [0, 0], [0, 0], [0, 0]], np.float32),
         "image": np.arange(4)[:, None],
     }
-    figures = summarize({"plain": table}, PROTOCOL)
+    protocol = GridAccuracyConfig(levels=("P3",), pixel_windows=(16, 24), bootstrap=200, untrained_networks=2)
+    figures = summarize({"plain": table}, protocol)
     assert figures["eval/sga"] == 0.75 and figures["eval/riga"] == pytest.approx(3 / 16)
     assert figures["eval/gap_r"] == pytest.approx(4.0)
+    assert figures["eval/sga_strict"] == 0.25 and figures["eval/riga_strict"] == pytest.approx(1 / 16)
+    assert figures["eval/gap_r_strict"] == pytest.approx(4.0)
+    assert figures["eval/sga_p3"] == 0.25 and figures["eval/gap_r_p3"] == pytest.approx(0.25 / (1 / 16))
     assert figures["eval/pixel"] == 0.25 and figures["eval/pixel_window"] == 24
+    assert figures["eval/pixel_strict"] == 0.125 and figures["eval/pixel_window_strict"] == 16  # the best by this rule
+    assert figures["eval/gain_strict"] == pytest.approx(0.125)
     assert figures["eval/over_chance"] == pytest.approx(15.0)
+    assert figures["eval/over_chance_strict"] == pytest.approx(10.0)
+    assert figures["eval/riga_initial"] == pytest.approx(1 / 16)
+    # No cell of P3 can hit by the strict rule, and no untrained network does: no ratio is made up.
+    assert figures["eval/sga_strict_p3"] == 0.0 and figures["eval/chance_strict_p3"] == 0.0
+    assert not {"eval/over_chance_strict_p3", "eval/gap_r_strict_p3"} & figures.keys()
+    for name in ("sga", "sga_strict", "sga_p3", "riga", "riga_strict", "gain", "gain_strict"):
+        assert figures[f"eval/{name}_low"] <= figures[f"eval/{name}"] <= figures[f"eval/{name}_high"]
+    charts = headline_figures(figures)
+    assert "eval/sga_p3_low" in figures and "eval/sga_p3_low" not in charts
+    assert "eval/sga_low" in charts and "eval/gap_r_low" in charts and "eval/sga_p3" in charts
+
+
+def small_network(norm: Norm = "batch", *, center: bool = True) -> AnchorNTXent:
+    torch.manual_seed(3)
+    objective = AnchorNTXentConfig(
+        projection_dim=16, projector_hidden=16, crop_stages=("C2",), center_embeddings=center
+    )
+    return AnchorNTXent(objective, BackboneConfig(norm=norm), crop_size=64, seed=0).eval()
+
+
+def test_calibration_is_the_mean_of_the_batches_statistics() -> None:
+    batches = [batch_of(textured(2, seed)) for seed in (0, 1, 2)]
+    network, plain = small_network(), small_network()
+    inputs: list[torch.Tensor] = []
+    first = plain.trunk.body.bn1
+    first.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    calibrate(network, batches, PROTOCOL)
+    with torch.no_grad():
+        for batch in batches:
+            plain.embed_grid(frozen_views(batch, PROTOCOL, "plain").full)
+    means = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+    variances = torch.stack([x.transpose(0, 1).flatten(1).var(1, unbiased=True) for x in inputs]).mean(0)
+    torch.testing.assert_close(network.trunk.body.bn1.running_mean, means)
+    torch.testing.assert_close(network.trunk.body.bn1.running_var, variances)
+    assert not any(module.training for module in network.modules())
+    assert network.trunk.body.bn1.momentum == plain.trunk.body.bn1.momentum
+
+
+def test_padding_does_not_change_the_calibration_and_networks_without_batch_norm_stay() -> None:
+    batch = batch_of(textured(3))
+    padded = batch_of(torch.cat([textured(3), torch.zeros(2, 3, 192, 256, dtype=torch.uint8)]))
+    object.__setattr__(padded, "valid", torch.tensor([True, True, True, False, False]))
+    networks = [small_network(), small_network()]
+    for network, images in zip(networks, (batch, padded), strict=True):
+        calibrate(network, [images], PROTOCOL)
+    for a, b in zip(networks[0].buffers(), networks[1].buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    grouped = small_network("group", center=False)
+    before = {name: value.clone() for name, value in grouped.state_dict().items()}
+    calibrate(grouped, [batch], PROTOCOL)
+    assert all(torch.equal(before[name], value) for name, value in grouped.state_dict().items())
 
 
 def test_padding_counts_nowhere_and_shares_do_not_matter():
