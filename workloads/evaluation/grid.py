@@ -27,7 +27,6 @@ from workloads.spec.pretrain import EvaluationConfig, PretrainConfig
 from workloads.storage.checkpoint import read_meta
 from workloads.types import ImageBatch
 
-
 _INITIAL_NETWORKS = 2  # untrained networks in `riga_initial`, which is kept for comparison with older figures only
 
 

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[3]
 PRIVATE = ("ray._private", "ray._raylet", "ray.core.generated", "ray.experimental.internal_kv")
 
 
-@pytest.mark.parametrize("name", FAST_PATHS + KEY_VALUE_STORE + JOB_CLIENT, ids=lambda name: f"{name.module}.{name.name}")
+@pytest.mark.parametrize(
+    "name", FAST_PATHS + KEY_VALUE_STORE + JOB_CLIENT, ids=lambda name: f"{name.module}.{name.name}"
+)
 def test_ray_has(name: PrivateName) -> None:
     assert name.fault() is None
 
