@@ -23,7 +23,6 @@ from workloads.metrics.average_precision import (
     encode_masks,
     gather_table,
 )
-from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workloads.models.detector import Detector
 from workloads.parallel.distributed import from_rank_0
 from workloads.parallel.runtime import Runtime, new_folder
@@ -154,7 +153,7 @@ class DetectionEvaluation:
         return encoded
 
     def _view(self, batch: ImageBatch) -> DetectionViews:
-        return make_detection_views(batch, self.views, device=self.runtime.device, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        return make_detection_views(batch, self.views, device=self.runtime.device)
 
     def _batches(self, count: int | None = None) -> Iterator[ImageBatch]:
         size = self.settings.batch_size if count is None else min(count, self.settings.batch_size)

@@ -23,11 +23,11 @@ from workloads.data.store.objects import (
     select_images,
 )
 from workloads.data.views.counter_random import stream
-from workloads.data.views.detection import DetectionViews, DetectionViewsConfig, make_detection_views
+from workloads.data.views.detection import DetectionViews, DetectionViewsConfig, LabelledObjects, make_detection_views
 from workloads.errors import ConfigError, DataError
 from workloads.evaluation.detection import DetectionEvaluation, DetectionEvaluationConfig
 from workloads.loops.steps import Preflight, Training, run_steps
-from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Trunk
+from workloads.models.backbone import BackboneConfig, Trunk
 from workloads.models.detector import Detector, DetectorConfig
 from workloads.models.trunks import RandomTrunkConfig, ResNetTrunkConfig, load_resnet
 from workloads.parallel.runtime import Runtime
@@ -224,18 +224,15 @@ def finetune(settings: FinetuneConfig, runtime: Runtime) -> dict[str, float]:
     model = runtime.prepare(detector)
     optimizer = make_optimizer(detector, settings.optimizer)
     evaluation = _evaluation(settings, labelled, runtime)
+    objects = LabelledObjects(objects=labelled.objects, labels=labelled.labels, masks=labelled.masks)
 
     def update(batch: ImageBatch, step: int) -> dict[str, Tensor]:
         views = make_detection_views(
             batch,
             settings.views,
             device=runtime.device,
-            objects=labelled.objects,
-            labels=labelled.labels,
-            masks=labelled.masks,
+            labelled=objects,
             seed=settings.seed,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
         )
         # The regions that are sampled depend on the step and the rank alone: a run that continues draws the same.
         torch.manual_seed(stream(settings.seed, "regions", step, runtime.rank))

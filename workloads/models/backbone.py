@@ -9,7 +9,10 @@ import torchvision
 from torch import Tensor, nn
 
 from workloads.config import config
-from workloads.parallel.distributed import sum_over_ranks, world_size
+from workloads.data.views.normalization import IMAGENET_MEAN as IMAGENET_MEAN
+from workloads.data.views.normalization import IMAGENET_STD as IMAGENET_STD
+from workloads.data.views.normalization import imagenet_normalized as imagenet_normalized
+from workloads.parallel.distributed import gather_rows, world_size
 
 if TYPE_CHECKING:
     from workloads.models.vit import VitTrunk
@@ -25,9 +28,6 @@ STAGE_CHANNELS = {
     "resnet34": (64, 128, 256, 512),
     "resnet50": (256, 512, 1024, 2048),
 }
-
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @config
@@ -50,17 +50,12 @@ class BackboneConfig:
         return self.name.startswith("vit")
 
 
-def imagenet_normalized(images: Tensor) -> Tensor:
-    """(B, 3, h, w) in [0, 1] to what every trunk takes: ImageNet's statistics, so that supervised weights fit, in NHWC memory."""
-    # Channel by channel, because a tensor of three numbers would have to be copied to the device in every step.
-    channels = [(channel - m) / s for channel, m, s in zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)]
-    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
-
-
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation with the statistics of the global batch, on any device; takes (N, C) too.
+    """Batch normalisation of (N, C, H, W) or (N, C) with the statistics of the global batch, on any device.
 
-    torch's SyncBatchNorm raises off the GPU; this one reduces (n, Σx, Σx²) with gradient, in float32 or wider.
+    torch's SyncBatchNorm raises off the GPU. Each rank's (count, mean, sum of centred squares) are gathered in one collective,
+    with gradient, in float32 or wider, and combined by Chan et al. (1979): E[x²] − E[x]² would cancel where the mean is
+    large against the deviation.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -69,10 +64,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training or world_size() == 1:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        n = x.new_tensor([x.numel() / x.shape[1]])
-        totals = sum_over_ranks(torch.cat([n, x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]))
-        count, mean, square = totals[0], *(totals[1:] / totals[0]).chunk(2)
-        variance = (square - mean.square()).clamp(min=0)
+        count, mean, variance = _global_statistics(x)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 momentum = 0.1 if self.momentum is None else self.momentum
@@ -81,8 +73,20 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked += 1
         scale = torch.rsqrt(variance + self.eps) * (1.0 if self.weight is None else self.weight)
-        shift = (0.0 if self.bias is None else self.bias) - mean * scale
-        return (x * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+        centred = (x - mean[:, None, None]) * scale[:, None, None]  # not x·scale − mean·scale, which would cancel too
+        return (centred if self.bias is None else centred + self.bias[:, None, None]).to(input.dtype)
+
+
+def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and pixels of all ranks' x (N, C, H, W), a scalar; their mean and biased variance, (C,), with gradient."""
+    n = x.numel() // x.shape[1]
+    mean = x.sum((0, 2, 3)) / max(n, 1)
+    squares = (x - mean[:, None, None]).square().sum((0, 2, 3))
+    ours = torch.cat([x.new_full((1,), n), mean, squares])[None]
+    counts, means, sums = gather_rows(ours, counts=[1] * world_size()).split([1, *[x.shape[1]] * 2], dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    return total, mean, (sums + counts * (means - mean).square()).sum(0) / total
 
 
 def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:

@@ -64,7 +64,7 @@ class KeyQueue(nn.Module):
         if keys.shape[0] > self.size:
             raise ValueError(f"{keys.shape[0]} keys do not fit into a queue of {self.size}")
         places = (self.cursor + valid.long().cumsum(0) - 1) % self.size
-        self.keys[torch.where(valid, places, self.size)] = keys.to(self.keys.dtype)
+        self.keys[places.masked_fill(~valid, self.size)] = keys.to(self.keys.dtype)
         fresh = valid.sum()
         self.cursor.add_(fresh).remainder_(self.size)
         self.count.add_(fresh).clamp_(max=self.size)

@@ -73,7 +73,7 @@ def queue_contrast(
         The loss of each row, float32 (b,), 0 where invalid; and whether its key was the most similar, bool (b,).
     """
     # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
-    query, key = (torch.where(valid[:, None], x.float(), 0.0) for x in (query, key))
+    query, key = (x.float().masked_fill(~valid[:, None], 0.0) for x in (query, key))
     positive = (query * key).sum(-1, keepdim=True)
     negative = (query @ queue.float().T).masked_fill(~filled, -torch.inf)
     logits = torch.cat([positive, negative], dim=1) / temperature

@@ -59,7 +59,7 @@ def draw_regions(cells: Tensor, num_regions: int, draws: Tensor) -> Tensor:
     shown = order[:, -1:]
     wanted = torch.minimum((draws * shown).long() + 1, shown)
     found = torch.searchsorted(order, wanted)
-    return torch.where(shown > 0, found, 0)
+    return found.masked_fill(shown == 0, 0)
 
 
 def pool_by_region(features: Tensor, cells: Tensor, regions: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def detcon_loss(
     """
     shown = (regions > 0) & valid[:, None, None]
     # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
-    online, target = (F.normalize(torch.where(shown[..., None], x.float(), 0.0), dim=-1) for x in (online, target))
+    online, target = (F.normalize(x.float().masked_fill(~shown[..., None], 0.0), dim=-1) for x in (online, target))
     counts = row_counts(online.shape[0])
     everybody, images, all_shown = (gather_rows(x, counts) for x in (target, image, shown))
 

@@ -43,7 +43,7 @@ def ntxent_loss(views: Tensor, image: Tensor, valid: Tensor, *, temperature: flo
         The loss of each view, float32 (b, 2), 0 where invalid; and whether the other view was the most similar, bool (b, 2).
     """
     # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
-    views = F.normalize(torch.where(valid[:, None, None], views.float(), 0.0), dim=-1)
+    views = F.normalize(views.float().masked_fill(~valid[:, None, None], 0.0), dim=-1)
     counts = row_counts(views.shape[0])
     everybody, images, valids = gather_rows(views, counts), gather_rows(image, counts), gather_rows(valid, counts)
     positive = (views[:, 0] * views[:, 1]).sum(-1) / temperature

@@ -309,7 +309,6 @@ def exported_of(model: Any, settings: Any, *, facts: Mapping[str, Any]) -> Expor
     trunk = getattr(model, "trunk", None)
     pyramid = getattr(model, "pyramid", None)
     views = settings.views
-    size = getattr(views, "full_size", None) or getattr(views, "view_size", None) or views.short_side
     if trunk is None:  # a detector; C4's last stage stands in its head
         trunk, pyramid = model.network.backbone.trunk, None
         if not len(list(trunk.body.layer4.children())):
@@ -317,7 +316,7 @@ def exported_of(model: Any, settings: Any, *, facts: Mapping[str, Any]) -> Expor
     if not isinstance(trunk, Trunk):
         raise ConfigError("export: only ResNet trunks are exported; a ViT's state dict is timm's already")
     told = {"config": presentable(to_dict(settings)), **facts}
-    return Exported(trunk=trunk, pyramid=pyramid, input_size=int(size), facts=told)
+    return Exported(trunk=trunk, pyramid=pyramid, input_size=views.input_size, facts=told)
 
 
 def presentable(value: Any) -> Any:

@@ -16,7 +16,7 @@ from workloads.data.loading.decode import DecodeError, decode_batch
 from workloads.data.views.detection import make_detection_views
 from workloads.loops.dispatch import loop_of
 from workloads.loops.finetune import load_detector
-from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, imagenet_normalized
+from workloads.models.backbone import imagenet_normalized
 from workloads.models.detector import Detector
 from workloads.spec.loading import load_model
 from workloads.storage.checkpoint import CONFIG
@@ -66,8 +66,6 @@ class Predictor:
             batch if isinstance(batch, ImageBatch) else _as_batch(batch),
             self.settings.views,
             device=torch.device("cpu"),
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
         )
         names = self.module.categories
         return [
@@ -81,7 +79,7 @@ class Predictor:
 
     def _full_size(self) -> int:
         views = self.settings.views
-        return int(getattr(views, "full_size", None) or views.view_size)
+        return int(views.input_size)
 
 
 def _is_encoded(images: Any) -> bool:

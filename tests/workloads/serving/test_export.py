@@ -190,7 +190,7 @@ def test_what_cannot_be_exported_is_said(checkpoint: Path, tmp_path: Path, caplo
         trunk = torch.nn.Linear(1, 1)
 
     class Settings:
-        views = type("Views", (), {"full_size": 64})
+        views = type("Views", (), {"input_size": 64})
 
     with pytest.raises(ConfigError, match="only ResNet trunks"):
         exported_of(Model(), Settings, facts={})

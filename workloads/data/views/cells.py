@@ -28,11 +28,11 @@ def centers_inside(box_xyxy: Tensor, grid_hw: tuple[int, int], size_hw: tuple[in
 
 def cells_inside(box_xyxy: Tensor, grid_hw: tuple[int, int], size_hw: tuple[int, int]) -> Tensor:
     """bool (..., h·w): whether each cell lies wholly in the box (..., 4)."""
-    centers = cell_centers(grid_hw, size_hw, box_xyxy.device)
-    half = centers.new_tensor([size_hw[1] / grid_hw[1], size_hw[0] / grid_hw[0]]) / 2
-    low, high = centers - half, centers + half
-    box = box_xyxy[..., None, :]
-    return ((low >= box[..., :2]) & (high <= box[..., 2:])).all(-1)
+    x, y = cell_centers(grid_hw, size_hw, box_xyxy.device).unbind(-1)
+    half_width, half_height = size_hw[1] / grid_hw[1] / 2, size_hw[0] / grid_hw[0] / 2
+    x0, y0, x1, y1 = box_xyxy[..., None, :].unbind(-1)
+    inside_x = (x - half_width >= x0) & (x + half_width <= x1)
+    return inside_x & (y - half_height >= y0) & (y + half_height <= y1)
 
 
 def one_hot_cell(index: Tensor, cells: int) -> Tensor:

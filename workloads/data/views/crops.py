@@ -68,8 +68,13 @@ class ViewsConfig:
 
     @property
     def views_per_image(self) -> int:
-        """Pictures of each image that go through a trunk."""
+        """Images that go through a trunk for each image of the batch."""
         return 1 + self.crops_per_image
+
+    @property
+    def input_size(self) -> int:
+        """Side of the full view, pixels."""
+        return self.full_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +99,9 @@ def render_views(batch: ImageBatch, settings: ViewsConfig, *, keys: Tensor, stre
     """Render the views of `batch` from draws keyed by `keys`, int64 (B,)."""
     size, count = settings.full_size, settings.crops_per_image
     draws = uniform(stream_id, keys, 2 + 12 * count)
-    flip_shares = draws.new_tensor([settings.horizontal_flip, settings.vertical_flip])
-    full_flips = draws[:, :2] < flip_shares
+    full_flips = _flips(draws[:, :2], settings)
     per_crop = draws[:, 2:].reshape(-1, count, 12)
-    crop_flips = per_crop[..., 4:6] < flip_shares
+    crop_flips = _flips(per_crop[..., 4:6], settings)
     placement = _place_crops(per_crop[..., :4], batch.content_hw, settings.crop_scale)
 
     images = batch.images.to(torch.float32).div_(255.0)
@@ -131,6 +135,12 @@ def render_views(batch: ImageBatch, settings: ViewsConfig, *, keys: Tensor, stre
     )
 
 
+def _flips(draws: Tensor, settings: ViewsConfig) -> Tensor:
+    """bool (..., 2) from draws (..., 2): whether a view is mirrored (horizontally, vertically)."""
+    # Column by column: a tensor of the two shares would be copied to the device, which the host waits for.
+    return torch.stack([draws[..., 0] < settings.horizontal_flip, draws[..., 1] < settings.vertical_flip], dim=-1)
+
+
 def _place_crops(draws: Tensor, content_hw: Tensor, scale: tuple[float, float]) -> _Placement:
     """Crops from four draws each, (B, K, 4), inside images of `content_hw` (B, 2)."""
     height, width = content_hw.to(torch.float32).unbind(1)
@@ -162,20 +172,23 @@ def jitter_colours(crops: Tensor, draws: Tensor, settings: JitterConfig) -> Tens
     """
     if settings.share == 0:
         return crops
-    strengths = draws.new_tensor([settings.brightness, settings.contrast, settings.saturation, 2 * settings.hue])
-    factors = (1 + (2 * draws[..., 1:5] - 1) * strengths)[..., None, None, None]
-    jittered = (crops * factors[:, :, 0]).clamp_(0, 1)
+    per_view = draws[..., None, None, None]
+
+    def factor(draw: int, strength: float) -> Tensor:
+        return 1 + (2 * per_view[:, :, draw] - 1) * strength
+
+    jittered = (crops * factor(1, settings.brightness)).clamp_(0, 1)
     mean = grey(jittered).mean((-3, -2, -1), keepdim=True)
-    jittered = torch.lerp(mean, jittered, factors[:, :, 1]).clamp_(0, 1)
-    jittered = torch.lerp(grey(jittered), jittered, factors[:, :, 2]).clamp_(0, 1)
+    jittered = torch.lerp(mean, jittered, factor(2, settings.contrast)).clamp_(0, 1)
+    jittered = torch.lerp(grey(jittered), jittered, factor(3, settings.saturation)).clamp_(0, 1)
     if settings.hue > 0:
-        jittered = _rotate_hue(jittered, (factors[:, :, 3] - 1) * torch.pi).clamp_(0, 1)
-    to_grey = (draws[..., 5] < settings.grey)[..., None, None, None]
-    jittered = torch.where(to_grey, grey(jittered), jittered)
-    return torch.where((draws[..., 0] < settings.share)[..., None, None, None], jittered, crops)
+        jittered = _rotate_hue(jittered, (factor(4, 2 * settings.hue) - 1) * torch.pi).clamp_(0, 1)
+    jittered = torch.where(per_view[:, :, 5] < settings.grey, grey(jittered), jittered)
+    return torch.where(per_view[:, :, 0] < settings.share, jittered, crops)
 
 
 def grey(images: Tensor) -> Tensor:
+    """Luma of images (..., 3, h, w) as (..., 1, h, w)."""
     red, green, blue = images.unbind(-3)
     return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).unsqueeze(-3)
 

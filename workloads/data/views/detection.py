@@ -1,4 +1,4 @@
-"""A detector's view of a batch: images at one scale in a common canvas, made on the device, their boxes with them."""
+"""Renders a batch for a detector (`make_detection_views`): images at one scale on a common canvas, with their boxes and masks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from workloads.config import config
 from workloads.data.store.objects import Objects, PanopticMasks
 from workloads.data.views.counter_random import stream, uniform
+from workloads.data.views.normalization import imagenet_normalized
 from workloads.errors import ConfigError
 from workloads.types import ImageBatch
 
@@ -21,7 +22,7 @@ _MULTIPLE = 32  # of the canvas' sides, the deepest stage's stride
 
 @config
 class DetectionViewsConfig:
-    """How an image comes to the detector."""
+    """The size at which a detector sees images, and their augmentation."""
 
     short_side: Annotated[int, Field(ge=32)] = 800
     """Pixels to which the image's shorter side is resized, aspect kept."""
@@ -32,8 +33,13 @@ class DetectionViewsConfig:
 
     @property
     def views_per_image(self) -> int:
-        """Images that the networks see of each image."""
+        """Images that the networks process for each image."""
         return 1
+
+    @property
+    def input_size(self) -> int:
+        """Typical side of the network's input, pixels."""
+        return self.short_side
 
     def __post_init__(self) -> None:
         if self.long_side < self.short_side:
@@ -42,7 +48,7 @@ class DetectionViewsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectionViews:
-    """What a detector sees of a batch."""
+    """A rendered batch of B images, as a detector's input and, in training, its targets."""
 
     images: (
         Tensor  # float32 (B, 3, H, W), normalised; each image stands at the top left of its canvas, the rest is zero
@@ -60,26 +66,41 @@ def size_in_view(source_hw: tuple[int, int], settings: DetectionViewsConfig) -> 
     return max(1, round(source_hw[0] * scale)), max(1, round(source_hw[1] * scale))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledObjects:
+    """The objects of a dataset that a detector is trained on."""
+
+    objects: Mapping[str, Objects]  # image id → its objects
+    labels: Mapping[str, int]  # category → label; the first is 1
+    masks: PanopticMasks | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """Where each image lies on the canvas, on the device: tensors (B,) and (B, 2), in pixels."""
+
+    content_hw: Tensor  # float32 (B, 2): of the decoded image
+    size_hw: Tensor  # float32 (B, 2): of the image in the view
+    scale_xy: Tensor  # float32 (B, 2): canvas pixels per source pixel
+    flips: Tensor  # bool (B,): mirrored left to right
+    counted: Tensor  # bool (B,)
+
+
 def make_detection_views(
     batch: ImageBatch,
     settings: DetectionViewsConfig,
     *,
     device: torch.device,
-    objects: Mapping[str, Objects] | None = None,
-    labels: Mapping[str, int] | None = None,
-    masks: PanopticMasks | None = None,
+    labelled: LabelledObjects | None = None,
     seed: int | None = None,
-    mean: Sequence[float],
-    std: Sequence[float],
 ) -> DetectionViews:
-    """Render the views of a batch that is still on the host, with its targets where `objects` are given.
+    """Render the views of a batch that is still on the host, normalised, with targets where objects are given.
 
     All sizes are known on the host, so that no step waits for the device. Rows that did not decode are left out; if none
     did, the first stays and is not counted.
 
     Args:
-        labels: category name → label, with `objects`.
-        seed: of the flips; none: no image is flipped.
+        seed: of the flips; None: no image is flipped.
     """
     rows = torch.nonzero(batch.valid).flatten()
     counted = torch.ones(max(1, len(rows)), dtype=torch.bool)
@@ -93,42 +114,57 @@ def make_detection_views(
         flips = draws < settings.horizontal_flip
     scale = torch.tensor([[w / sw, h / sh] for (h, w), (sh, sw) in zip(sizes, source, strict=True)])
 
-    whole = len(rows) == len(batch.image_ids)
-    images = (batch.images if whole else batch.images[rows]).to(device, non_blocking=True)
-    content = batch.content_hw[rows].to(device, torch.float32, non_blocking=True).clamp(min=1)
+    is_complete = len(rows) == len(batch.image_ids)
+    images = (batch.images if is_complete else batch.images[rows]).to(device, non_blocking=True)
+    placement = _placement(batch.content_hw[rows], sizes, scale, flips, counted, device)
     targets = None
-    if objects is not None:
+    if labelled is not None:
         ids = [batch.image_ids[row] for row in rows.tolist()]
-        mine = [objects[i] if is_counted else None for i, is_counted in zip(ids, counted.tolist(), strict=True)]
-        targets = _targets(mine, labels or {}, scale, sizes, flips, device)
-        if masks is not None:
-            _add_masks(targets, mine, ids, masks, sizes, flips, device)
+        of_images = [
+            labelled.objects[i] if is_counted else None for i, is_counted in zip(ids, counted.tolist(), strict=True)
+        ]
+        targets = _targets(of_images, labelled.labels, scale, sizes, flips, device)
+        if labelled.masks is not None:
+            _add_masks(targets, of_images, ids, labelled.masks, sizes, flips, device)
     return DetectionViews(
-        images=_render(images, content, sizes, flips.to(device), mean, std),
+        images=_render(images, placement, _canvas_hw(sizes)),
         sizes_hw=tuple(sizes),
-        scale_xy=scale.to(device),
+        scale_xy=placement.scale_xy,
         source_hw=tuple(source),
-        counted=counted.to(device),
+        counted=placement.counted,
         targets=targets,
     )
 
 
-def _render(
-    images: Tensor,
-    content: Tensor,
-    sizes: Sequence[tuple[int, int]],
-    flips: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    """uint8 (B, 3, H, W) with content (B, 2) to float32 (B, 3, h, w), normalised; zeros beyond each image."""
+def _canvas_hw(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Height and width that hold every image, multiples of 32 pixels."""
     height, width = (_MULTIPLE * math.ceil(max(side) / _MULTIPLE) for side in zip(*sizes, strict=True))
-    target = torch.tensor(sizes, dtype=torch.float32, device=images.device)
-    rows = _weights(content[:, 0], target[:, 0], torch.zeros_like(flips), images.shape[2], height)
-    columns = _weights(content[:, 1], target[:, 1], flips, images.shape[3], width)
-    offset = images.new_tensor(mean, dtype=torch.float32)[:, None, None]
-    spread = images.new_tensor(std, dtype=torch.float32)[:, None, None]
-    normalised = (images.to(torch.float32) / 255 - offset) / spread  # before resampling: what lies beyond stays zero
+    return height, width
+
+
+def _placement(
+    content_hw: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    scale: Tensor,
+    flips: Tensor,
+    counted: Tensor,
+    device: torch.device,
+) -> _Placement:
+    """All of it in one transfer that nothing waits for."""
+    columns = [content_hw.float().clamp(min=1), torch.tensor(sizes, dtype=torch.float32), scale]
+    table = torch.cat([*columns, flips.float()[:, None], counted.float()[:, None]], dim=1)
+    table = table.to(device, non_blocking=True)
+    return _Placement(table[:, :2], table[:, 2:4], table[:, 4:6], table[:, 6] > 0, table[:, 7] > 0)
+
+
+def _render(images: Tensor, placement: _Placement, canvas_hw: tuple[int, int]) -> Tensor:
+    """uint8 (B, 3, H, W) to float32 (B, 3, h, w), normalised; zeros beyond each image."""
+    height, width = canvas_hw
+    upright = torch.zeros_like(placement.flips)
+    content, size = placement.content_hw, placement.size_hw
+    rows = _weights(content[:, 0], size[:, 0], upright, images.shape[2], height)
+    columns = _weights(content[:, 1], size[:, 1], placement.flips, images.shape[3], width)
+    normalised = imagenet_normalized(images.to(torch.float32) / 255)  # before resampling: what lies beyond stays zero
     b, channels, h, w = normalised.shape
     tall = torch.bmm(rows, normalised.permute(0, 2, 1, 3).reshape(b, h, channels * w))
     wide = torch.bmm(tall.reshape(b, height * channels, w), columns.transpose(1, 2))
@@ -138,7 +174,7 @@ def _render(
 def _weights(content: Tensor, target: Tensor, flip: Tensor, source: int, canvas: int) -> Tensor:
     """Weights (B, canvas, source) that resample [0, content) of one axis to the first `target` pixels of the canvas.
 
-    The triangle filter of antialiased bilinear resizing, as in `views._axis_weights`, for one size an image.
+    The triangle filter of antialiased bilinear resizing, as in `resampling.axis_weights`, but each image has its own size in the view.
     """
     step = (content / target)[:, None]
     out = torch.arange(canvas, device=content.device, dtype=torch.float32)[None]
@@ -189,15 +225,15 @@ def _add_masks(
     device: torch.device,
 ) -> None:
     """uint8 (n, H, W) of each image's objects on the canvas, nearest pixel; a panoptic mask is read for each image."""
-    canvas = tuple(_MULTIPLE * math.ceil(max(side) / _MULTIPLE) for side in zip(*sizes, strict=True))
+    canvas = _canvas_hw(sizes)
     for i, (item, (h, w)) in enumerate(zip(objects, sizes, strict=True)):
         grid = np.zeros(canvas, dtype=np.int64)
         segments = np.zeros(0, dtype=np.int64)
         if item is not None and item.segments is not None and len(item.segments):
-            known = masks.ids(ids[i])
-            y = ((np.arange(h) + 0.5) * known.shape[0] / h).astype(np.int64)
-            x = ((np.arange(w) + 0.5) * known.shape[1] / w).astype(np.int64)
-            grid[:h, :w] = known[y[:, None], x[::-1] if bool(flips[i]) else x]
+            segment = masks.ids(ids[i])
+            y = ((np.arange(h) + 0.5) * segment.shape[0] / h).astype(np.int64)
+            x = ((np.arange(w) + 0.5) * segment.shape[1] / w).astype(np.int64)
+            grid[:h, :w] = segment[y[:, None], x[::-1] if bool(flips[i]) else x]
             segments = item.segments[item.trained()]
         on_device = torch.from_numpy(grid).to(device, non_blocking=True)
         wanted = torch.from_numpy(segments).to(device, non_blocking=True)

@@ -90,8 +90,13 @@ class PairViewsConfig:
         return self.regions.name if isinstance(self.regions, ColumnRegionsConfig) else None
 
     @property
+    def input_size(self) -> int:
+        """Side of a view, pixels."""
+        return self.view_size
+
+    @property
     def views_per_image(self) -> int:
-        """Pictures of each image that go through the trunk."""
+        """Images that go through the trunk for each image of the batch."""
         return 2 + (2 * self.patches.grid**2 if self.patches is not None else 0)
 
 

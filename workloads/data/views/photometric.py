@@ -43,11 +43,17 @@ def change_colours(views: Tensor, draws: Tensor, settings: PhotometricConfig) ->
     views = torch.where(_chosen(draws[..., 6] < settings.grey), grey(views), views)
     low, high = settings.blur_sigma
     sigma = (low + (high - low) * draws[..., 8]) * (size / 224)
-    blurred = draws[..., 7] < draws.new_tensor(settings.blur)
+    blurred = _first_and_second(draws[..., 7], settings.blur)
     radius = max(1, round(size / 20))
-    views = blur(views.flatten(0, 1), torch.where(blurred, sigma, 1e-3).flatten(), radius).unflatten(0, (b, 2))
-    solarised = draws[..., 9] < draws.new_tensor(settings.solarise)
+    views = blur(views.flatten(0, 1), sigma.masked_fill(~blurred, 1e-3).flatten(), radius).unflatten(0, (b, 2))
+    solarised = _first_and_second(draws[..., 9], settings.solarise)
     return torch.where(_chosen(solarised) & (views >= 0.5), 1.0 - views, views)
+
+
+def _first_and_second(draws: Tensor, shares: tuple[float, float]) -> Tensor:
+    """bool (B, 2): which draws (B, 2) are below their view's share."""
+    # View by view: a tensor of the two shares would be copied to the device, which the host waits for.
+    return torch.stack([draws[:, view] < share for view, share in enumerate(shares)], dim=1)
 
 
 def _chosen(views: Tensor) -> Tensor:

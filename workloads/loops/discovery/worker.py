@@ -28,7 +28,7 @@ from workloads.discovery.tokencut import tokencut, tokencut_bytes
 from workloads.errors import ConfigError
 from workloads.loops.discovery.job import NEEDS_TRUNK, DiscoverConfig, Job, Method, trunk_of
 from workloads.loops.finetune import load_detector
-from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, imagenet_normalized
+from workloads.models.backbone import imagenet_normalized
 from workloads.storage.filesystems import atomic_write
 from workloads.types import ImageBatch
 
@@ -114,7 +114,7 @@ class PartWorker:
         """The detector's rows: one for each box, and one without a box for an image without detections."""
         assert self._detector is not None
         detector, trained = self._detector
-        views = make_detection_views(batch, trained.views, device=self._device, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        views = make_detection_views(batch, trained.views, device=self._device)
         results = iter(detector.detect(views) if bool(batch.valid.any()) else [])
         rows = []
         for i, (image_id, valid) in enumerate(zip(batch.image_ids, batch.valid.tolist(), strict=True)):

@@ -11,9 +11,15 @@ from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import open_dataset
 from workloads.data.store.objects import Objects, read_objects, read_panoptic
-from workloads.data.views.detection import DetectionViews, DetectionViewsConfig, make_detection_views, size_in_view
+from workloads.data.views.detection import (
+    DetectionViews,
+    DetectionViewsConfig,
+    LabelledObjects,
+    make_detection_views,
+    size_in_view,
+)
+from workloads.data.views.normalization import IMAGENET_MEAN, IMAGENET_STD
 from workloads.errors import ConfigError
-from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from workloads.types import ImageBatch
 
 SETTINGS = DetectionViewsConfig(short_side=48, long_side=96)
@@ -30,7 +36,13 @@ def batch_of(*images: np.ndarray, valid: tuple[bool, ...] | None = None) -> Imag
 
 
 def views_of(batch: ImageBatch, settings: DetectionViewsConfig = SETTINGS, **more: object) -> DetectionViews:
-    return make_detection_views(batch, settings, device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3, **more)
+    return make_detection_views(batch, settings, device=torch.device("cpu"), **more)
+
+
+def pixels_of(views: DetectionViews) -> torch.Tensor:
+    """Images in [0, 1] again; what lies beyond them is the mean."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return views.images * std + mean
 
 
 def one(size_hw: tuple[int, int], *boxes: list[float], crowd: tuple[int, ...] = ()) -> Objects:
@@ -60,14 +72,14 @@ def test_pixels_are_those_of_pillows_antialiased_resize(hw):
     views = views_of(batch_of(np.asarray(source), np.asarray(picture(4, width=100, height=50))))
     h, w = views.sizes_hw[0]
     expected = np.asarray(source.resize((w, h), Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    np.testing.assert_allclose(views.images[0, :, :h, :w].permute(1, 2, 0).numpy(), expected, atol=0.006)
+    np.testing.assert_allclose(pixels_of(views)[0, :, :h, :w].permute(1, 2, 0).numpy(), expected, atol=0.006)
     assert views.images.shape[-2] % 32 == views.images.shape[-1] % 32 == 0
     assert views.images[0, :, h:].abs().sum() == 0 and views.images[0, :, :, w:].abs().sum() == 0
 
 
 def test_what_lies_beyond_an_image_is_zero_after_normalisation_too():
     batch = batch_of(np.full((48, 90, 3), 200, dtype=np.uint8), np.full((90, 48, 3), 200, dtype=np.uint8))
-    views = make_detection_views(batch, SETTINGS, device=torch.device("cpu"), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    views = views_of(batch)
     (h, w), _ = views.sizes_hw
     assert views.images[0, :, h:].abs().max() == 0 and views.images[0, :, :h, :w].abs().min() > 0.5
 
@@ -77,9 +89,9 @@ def test_boxes_go_where_their_pixels_go():
     pixels[10:30, 20:60] = 255
     objects = {f"i{i}": one((60, 120), [20, 10, 60, 30]) for i in range(8)}
     batch = batch_of(*[pixels] * 8)
-    views = views_of(batch, objects=objects, labels={"thing": 3}, seed=1)
+    views = views_of(batch, labelled=LabelledObjects(objects=objects, labels={"thing": 3}), seed=1)
     flipped = 0
-    for image, target in zip(views.images, views.targets, strict=True):
+    for image, target in zip(pixels_of(views), views.targets, strict=True):
         rows, columns = torch.nonzero(image[0] > 0.5, as_tuple=True)
         seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert target["labels"].tolist() == [3]
@@ -87,7 +99,7 @@ def test_boxes_go_where_their_pixels_go():
         flipped += int(target["boxes"][0, 0] > 40)
     assert 0 < flipped < 8
     upright = DetectionViewsConfig(short_side=48, long_side=96, horizontal_flip=0)
-    never = views_of(batch, upright, objects=objects, labels={"thing": 3}, seed=1)
+    never = views_of(batch, upright, labelled=LabelledObjects(objects=objects, labels={"thing": 3}), seed=1)
     assert all(target["boxes"][0, 0] < 20 for target in never.targets)
     back = views.targets[0]["boxes"] / views.scale_xy[0].repeat(2)
     assert (back[0, 2] - back[0, 0]).item() == pytest.approx(40, abs=1e-4)
@@ -112,10 +124,14 @@ def test_flips_depend_on_the_image_not_on_its_neighbours():
 def test_rows_that_do_not_count_are_left_out_and_one_stays_if_none_does():
     pixels = [np.asarray(picture(i)) for i in range(3)]
     objects = {f"i{i}": one((48, 64), [1, 1, 20, 20], [5, 5, 40, 40], crowd=(1,)) for i in range(3)}
-    views = views_of(batch_of(*pixels, valid=(False, True, True)), objects=objects, labels={"thing": 1})
+    views = views_of(
+        batch_of(*pixels, valid=(False, True, True)), labelled=LabelledObjects(objects=objects, labels={"thing": 1})
+    )
     assert len(views.images) == 2 and views.counted.tolist() == [True, True]
     assert [len(t["boxes"]) for t in views.targets] == [1, 1]  # nothing is trained on a crowd
-    none = views_of(batch_of(*pixels, valid=(False,) * 3), objects=objects, labels={"thing": 1})
+    none = views_of(
+        batch_of(*pixels, valid=(False,) * 3), labelled=LabelledObjects(objects=objects, labels={"thing": 1})
+    )
     assert len(none.images) == 1 and none.counted.tolist() == [False] and none.targets[0]["boxes"].shape == (0, 4)
 
 
@@ -127,7 +143,8 @@ def test_masks_of_panoptic_pngs_lie_under_their_boxes(coco):
     assert all((objects[i].boxes_xyxy == own[i].boxes_xyxy).all() for i in own)  # the same things, found in the masks
     batch = next(iter(EvalLoader(dataset, DataConfig(uri=coco["train"], decode_size=96), batch_size=16)))
     settings = DetectionViewsConfig(short_side=64, long_side=96)
-    views = views_of(batch, settings, objects=objects, labels={"square": 1, "bar": 2}, masks=masks, seed=3)
+    labelled = LabelledObjects(objects=objects, labels={"square": 1, "bar": 2}, masks=masks)
+    views = views_of(batch, settings, labelled=labelled, seed=3)
     checked = 0
     for target in views.targets:
         assert target["masks"].shape[1:] == views.images.shape[-2:]
