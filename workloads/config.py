@@ -1,19 +1,20 @@
-"""The one way to declare, read and override a configuration.
+"""Declares configurations (`config`), reads and overrides them, and validates them (`build`) with errors that name every fault.
 
-A config class sits beside the class it configures::
+A config class is defined beside the class that it configures::
 
     @config
     class ViewsConfig:
         full_size: PositiveInt = 128
         \"\"\"Side of the square full view, pixels.\"\"\"
 
-YAML files, `key=value` on the command line and sweep spaces all speak the same dotted keys.
+YAML files, `key=value` on the command line and sweep spaces use the same dotted keys. The docstring of a field is its help text.
 """
 
 import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import re
 import types
 import typing
@@ -29,19 +30,22 @@ from workloads.errors import ConfigError
 
 T = TypeVar("T")
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(pydantic.Field, dataclasses.field))
 def config(cls: type[T]) -> type[T]:
-    """Make `cls` a configuration: frozen, keyword-only, unknown keys refused, `True` is not 1, no NaN or infinity."""
+    """Make `cls` a configuration: frozen and keyword-only; refuses unknown keys, `True` for 1, NaN and infinity."""
     settings = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
     )
-    made = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, slots=True, config=settings)
-    return typing.cast(type[T], made)
+    return typing.cast(
+        type[T], pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, slots=True, config=settings)
+    )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-3` is a number (PyYAML follows YAML 1.1, where it is a string); a key twice is refused."""
+    """Reads `1e-3` as a number (in YAML 1.1, which PyYAML follows, it is a string), and refuses a key that is given twice."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -67,7 +71,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 
 
 def parse_yaml(text: str, *, source: str) -> Any:
-    """Parse YAML from `text`; `source` names it in errors."""
+    """Parse YAML from `text`; `source` is its name in errors."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -87,14 +91,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`["a.b=1", "c=[x, y]"]` → `{"a.b": 1, "c": ["x", "y"]}`; values are YAML."""
+    """`["a.b=1", "c=[x, y]"]` → `{"a.b": 1, "c": ["x", "y"]}`; values are YAML.
+
+    Of a key that is given twice the last value counts, so that scripts can append to a user's arguments; a warning says so.
+
+    Raises:
+        ConfigError: an argument is not `key=value`, or its value is not YAML.
+    """
     overrides: dict[str, Any] = {}
     for argument in arguments:
         key, separator, value = argument.partition("=")
         if not separator or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", key):
             raise ConfigError(f"{argument!r}: expected key=value with a dotted key, as in objective.temperature=0.1")
         if key in overrides:
-            raise ConfigError(f"{key}: given twice on the command line")
+            _LOG.warning("%s: given twice on the command line; the last value counts: %s", key, value)
         overrides[key] = parse_yaml(value, source=key)
     return overrides
 
@@ -122,10 +132,10 @@ def build(cls: type[T], data: Mapping[str, Any]) -> T:
     """Validate nested `data` as `cls`.
 
     Raises:
-        ConfigError: one sentence for the first fault, with the full dotted key and the nearest valid key.
+        ConfigError: one line that names every fault, each by its full dotted key; for an unknown key also the nearest valid one.
     """
     try:
-        # Through JSON, because strict validation takes a list for a tuple only there.
+        # Through JSON, because strict validation accepts a list for a tuple only there.
         return TypeAdapter(cls).validate_json(json.dumps(_with_default_kinds(cls, data)))
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(cls, error)) from None
@@ -134,7 +144,7 @@ def build(cls: type[T], data: Mapping[str, Any]) -> T:
 
 
 def _with_default_kinds(cls: type, data: Any) -> Any:
-    """Say which kind of a union is meant where `data` sets some of its keys and leaves the default kind."""
+    """Add the default `kind` of a union where `data` sets some of its keys but no kind."""
     if not isinstance(data, dict):
         return data
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -151,23 +161,88 @@ def _with_default_kinds(cls: type, data: Any) -> Any:
     return completed
 
 
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+_UNION_MEMBER = re.compile(
+    r"constrained-\w+|function-.*|\w+\[.*\]|int|float|str|bool|none"
+)  # pydantic's names of a union's types
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fault:
+    """One error of pydantic, located by the dotted key that a user would write."""
+
+    key: str
+    kind: str | None  # of the innermost block of a union that holds the key
+    is_alternative: bool  # the key takes several types, and this is what is wrong for one of them
+    error: Mapping[str, Any]
+
+    @property
+    def is_unknown_key(self) -> bool:
+        return self.error["type"] in _UNKNOWN
+
+
 def _explain(cls: type, error: pydantic.ValidationError) -> str:
-    faults = error.errors(include_url=False)
-    fault = next((f for f in faults if f["type"] in ("unexpected_keyword_argument", "extra_forbidden")), faults[0])
-    known = valid_keys(cls)
-    # pydantic puts a union's tag into the location; it is not part of the dotted key.
+    """Every fault in one line, unknown keys first; several are numbered."""
     kinds = {tag for tags in _union_tags(cls) for tag in tags}
-    names = [str(part) for i, part in enumerate(fault["loc"]) if not (part in kinds and i < len(fault["loc"]) - 1)]
-    key = ".".join(names) or "config"
-    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    groups: dict[str, list[_Fault]] = {}  # of a key that takes several types, one fault for each type
+    for fault in (_located(error, kinds) for error in error.errors(include_url=False)):
+        group = re.sub(r"(\.\d+)+$", "", fault.key) if fault.is_alternative else fault.key
+        groups.setdefault(f"{fault.is_alternative} {group}", []).append(fault)
+    known = valid_keys(cls)
+    ordered = sorted(groups.values(), key=lambda faults: not faults[0].is_unknown_key)
+    sentences = list(dict.fromkeys(sentence for faults in ordered for sentence in _sentences(faults, known)))
+    if len(sentences) == 1:
+        return sentences[0]
+    return f"{len(sentences)} faults: " + " ".join(f"({number}) {text}" for number, text in enumerate(sentences, 1))
+
+
+def _sentences(faults: Sequence[_Fault], known: Sequence[str]) -> list[str]:
+    """One sentence for each fault; for a value of none of the types that its key takes, one for all of them."""
+    if not faults[0].is_alternative:
+        return [_sentence(fault, known) for fault in faults]
+    of_right_type = [f for f in faults if not f.error["type"].endswith(("_type", "_parsing", "literal_error"))]
+    if of_right_type:
+        return [_sentence(fault, known) for fault in of_right_type]
+    wanted = " or ".join(fault.error["msg"].removeprefix("Input should be ") for fault in faults)
+    return [f"{faults[0].key}: input should be {wanted} (given: {faults[0].error.get('input')!r})"]
+
+
+def _located(error: Mapping[str, Any], kinds: set[str]) -> _Fault:
+    names: list[str] = []
+    kind, is_alternative = None, False
+    for index, part in enumerate(error["loc"]):
+        is_last = index == len(error["loc"]) - 1
+        if part in kinds and not is_last:  # pydantic's location has the union's tag; the dotted key has not
+            kind = part
+        elif isinstance(part, str) and index > 0 and _UNION_MEMBER.fullmatch(part):
+            is_alternative = True
+        elif not (is_last and part in kinds and error["type"] == "value_error"):
+            names.append(str(part))
+    return _Fault(".".join(names) or "config", kind, is_alternative, error)
+
+
+def _sentence(fault: _Fault, known: Sequence[str]) -> str:
+    key, error = fault.key, fault.error
+    if fault.is_unknown_key:
+        if key in known:
+            return f"unknown key {key}: kind {fault.kind} does not have it"
+        leaf = key.rpartition(".")[2]
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        same_leaf = [k for k in known if k.rpartition(".")[2] == names[-1]]
-        best = next(iter([*same_leaf, *close]), None)
-        return f"unknown key {key}" + (f"; did you mean {best}?" if best else f"; known keys: {', '.join(known)}")
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if fault["type"] == "value_error" and re.match(r"[a-z_]+(\.[a-z_]+)+: " if names else r"[a-z_.]+: ", message):
-        return message  # a check over several keys names its key itself
-    given = "" if fault["type"] in ("missing", "value_error") else f" (given: {fault.get('input')!r})"
+        best = next(iter([*(name for name in known if name.rpartition(".")[2] == leaf), *close]), None)
+        return f"unknown key {key}; " + (f"did you mean {best}?" if best else f"known keys: {', '.join(known)}")
+    if error["type"] == "union_tag_invalid":
+        tag, expected = str(error["ctx"]["tag"]), str(error["ctx"]["expected_tags"]).replace("'", "")
+        close = difflib.get_close_matches(tag, expected.split(", "), n=1)
+        return (
+            f"{key}.kind: {tag!r} is unknown; " + (f"did you mean {close[0]}? " if close else "") + f"known: {expected}"
+        )
+    message: str = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    names_its_key = r"[a-z_.]+: " if key == "config" else r"[a-z_]+(\.[a-z_]+)+: "
+    if error["type"] == "value_error" and re.match(names_its_key, message):
+        return message  # a check of several keys
+    if error["type"] == "value_error" and key != "config" and re.match(r"[a-z_]+: ", message):
+        return f"{key}.{message}"  # a check of the block, which does not know where the block stands
+    given = "" if error["type"] in ("missing", "value_error") else f" (given: {error.get('input')!r})"
     return f"{key}: {message[0].lower() + message[1:]}{given}"
 
 
@@ -197,7 +272,7 @@ def _union_tags(cls: type) -> Iterator[list[str]]:
 
 
 def valid_keys(cls: type, prefix: str = "") -> list[str]:
-    """Every dotted key that a `cls` understands, those of all kinds included."""
+    """Every dotted key of `cls`, including those of all kinds of its unions."""
     hints = typing.get_type_hints(cls, include_extras=True)
     keys: list[str] = []
     for field in dataclasses.fields(cls):
@@ -208,7 +283,7 @@ def valid_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """`(dotted key, default, help)` of every key of `cls`; the help is the field's docstring."""
+    """`(dotted key, default, help)` of every key of `cls`; the help text is the field's docstring."""
     hints = typing.get_type_hints(cls, include_extras=True)
     rows: list[tuple[str, str, str]] = []
     for field in dataclasses.fields(cls):
@@ -223,7 +298,7 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
 
 
 def to_dict(value: Any) -> Any:
-    """A config as plain nested dicts and lists, as it would stand in YAML."""
+    """A config as nested dicts and lists, ready for YAML."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
@@ -234,7 +309,7 @@ def to_dict(value: Any) -> Any:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A config as one level of dotted keys; what a tracker shows as parameters."""
+    """A config as one dict of dotted keys, for MLflow's parameters."""
     nested = to_dict(value)
     if not isinstance(nested, dict):
         return {prefix.rstrip("."): nested}
@@ -242,10 +317,10 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def to_yaml(value: Any) -> str:
-    """A config as the YAML text from which `build` makes it again."""
+    """A config as YAML text, from which `build` restores it."""
     return yaml.safe_dump(to_dict(value), sort_keys=False, default_flow_style=None, width=120)
 
 
 def config_hash(value: Any) -> str:
-    """SHA-256 (hex) of the resolved config; independent of the order of keys."""
+    """SHA-256 (hex) of the resolved config, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(to_dict(value), sort_keys=True).encode()).hexdigest()

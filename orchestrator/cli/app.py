@@ -40,7 +40,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong."""
     credentials.read()
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="orchestrator", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as error:
         return error.exit_code

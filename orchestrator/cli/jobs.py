@@ -40,10 +40,13 @@ Address = Annotated[
 Job = Annotated[str, typer.Argument(help="Submission id, as `submit list` shows it.")]
 
 
-def _client(address: str | None) -> "tuple[JobSubmissionClient, Cluster]":
-    """A client of the cluster at `address`, else at RAY_API_SERVER_ADDRESS, else of the one that `cluster up local` started.
+def _dashboard(address: str | None) -> str:
+    """`address`, else RAY_API_SERVER_ADDRESS, else that of the cluster which `cluster up local` started.
 
     For the local cluster this process takes the variables of its `env.sh`, except those that are set already.
+
+    Raises:
+        RequestError: there is no cluster.
     """
     from cluster.local import default_folder, find, processes
     from workloads.errors import RequestError
@@ -59,9 +62,15 @@ def _client(address: str | None) -> "tuple[JobSubmissionClient, Cluster]":
         for name, value in here.environment().items():
             os.environ.setdefault(name, value)
         address = here.dashboard
+    return address
+
+
+def _client(address: str | None) -> "tuple[JobSubmissionClient, Cluster]":
+    """A client of the cluster at `address`, or of the default one."""
+    dashboard = _dashboard(address)
     from orchestrator.launch.jobs_client import connect
 
-    return connect(address)
+    return connect(dashboard)
 
 
 @submit_app.command("run")
@@ -82,6 +91,7 @@ def submit_run(
     with explained(debug):
         from orchestrator.experiments.load import load_experiment, load_sweep
 
+        address = _dashboard(address)
         arguments = overrides or []
         loaded = load_sweep(experiment, arguments) if sweep else load_experiment(experiment, arguments)
         client, _ = _client(address)

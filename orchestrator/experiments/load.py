@@ -1,4 +1,4 @@
-"""From an experiment's name or file, plus `key=value` arguments, to a validated experiment."""
+"""Loads an experiment from its name or file and `key=value` arguments: `load_experiment`, and `load_sweep` with its search."""
 
 import dataclasses
 import difflib
@@ -19,7 +19,9 @@ _PATHS = (
     *("uri", "path", "init_from", "cache_dir", "ledger", "selection_uri", "trunk_from", "train_uri", "test_uri"),
     *("boxes", "masks", "file"),
 )
-"""Keys that may name a local file."""
+"""Last parts of the keys that may name a local file."""
+
+_RAY_CACHE = "working_dir_files"  # folder below which Ray unpacks the working directories of jobs
 
 EXPERIMENTS = Path(__file__).parent
 
@@ -29,7 +31,7 @@ def _shipped() -> list[Path]:
 
 
 def list_experiments() -> dict[str, str]:
-    """Name → the comment that opens the file, for every experiment that ships with the package."""
+    """Name → opening comment of the file, for every experiment of the package."""
     return {path.stem: _opening_comment(path) for path in _shipped()}
 
 
@@ -43,10 +45,10 @@ def _opening_comment(path: Path) -> str:
 
 
 def find_experiment(name: str) -> Path:
-    """The file of an experiment given by name or by path.
+    """The file of an experiment that is given by name or by path.
 
     Raises:
-        ConfigError: there is no such experiment; the message names the nearest.
+        ConfigError: there is no such experiment; the message suggests the nearest.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         if not Path(name).is_file():
@@ -62,40 +64,37 @@ def find_experiment(name: str) -> Path:
 
 
 def load_experiment(name: str, arguments: Sequence[str] = (), *, loop: str | None = None) -> "AnyExperiment":
-    """Read, override, validate, and make local paths absolute, because workers run in other folders.
+    """Read a file, apply overrides, validate, and make local paths absolute, because workers run in other folders.
 
     Args:
-        loop: the one that is expected.
+        loop: refuse an experiment of another loop; None: accept any.
 
     Raises:
-        ConfigError: one sentence with the dotted key and how to mend it.
+        ConfigError: one line that names each fault by its dotted key.
     """
     overrides = parse_overrides(arguments)
     data = {key: value for key, value in read_yaml(find_experiment(name)).items() if key != "sweep"}
     data = apply_overrides(data, overrides)
-    from orchestrator.experiments.spec import (
-        EXPERIMENTS as KINDS,  # late: it imports torch, a wrong name should not wait for that
-    )
+    given = data.get("loop", "pretrain")
+    if loop is not None and given != loop and given in ("pretrain", "finetune"):
+        command = "train" if given == "pretrain" else given
+        raise ConfigError(f"loop: {name} is an experiment of the {given} loop; run it by `orchestrator {command}`")
+    from orchestrator.experiments.spec import EXPERIMENTS as KINDS  # late: it imports torch, which takes seconds
     from workloads.loops.dispatch import loop_of
 
-    if loop is not None and loop_of(data) != loop:
-        command = "train" if loop_of(data) == "pretrain" else loop_of(data)
-        raise ConfigError(
-            f"loop: {name} is an experiment of the {loop_of(data)} loop; run it by `orchestrator {command}`"
-        )
     return absolute_paths(build(KINDS[loop_of(data)], data))
 
 
 def has_sweep(name: str) -> bool:
-    """Whether an experiment's file has a search over it."""
+    """Whether an experiment's file has a `sweep` section."""
     return "sweep" in read_yaml(find_experiment(name))
 
 
 def load_sweep(name: str, arguments: Sequence[str] = ()) -> "SweepExperiment":
-    """As `load_experiment`, with the `sweep` section.
+    """Load an experiment with its `sweep` section; see `load_experiment`.
 
     Raises:
-        ConfigError: one sentence with the dotted key and how to mend it.
+        ConfigError: one line that names each fault by its dotted key.
     """
     from orchestrator.experiments.domains import override_space, take_dotted
 
@@ -107,7 +106,7 @@ def load_sweep(name: str, arguments: Sequence[str] = ()) -> "SweepExperiment":
     section["trial"] = {**(section.get("trial") or {}), **parse_overrides(in_trial)}
     if not section["space"]:
         raise ConfigError(
-            f"sweep.space: {name} searches nothing; say what, as in "
+            f"sweep.space: {name} has no search space; give one, as "
             "sweep.space.objective.temperature='{kind: loguniform, low: 0.03, high: 0.3}'"
         )
     data = apply_overrides({**data, "sweep": section}, parse_overrides(arguments))
@@ -117,9 +116,19 @@ def load_sweep(name: str, arguments: Sequence[str] = ()) -> "SweepExperiment":
 
 
 def absolute_paths(experiment: "E") -> "E":
-    """The experiment with every key that names a local file made absolute."""
-    made: E = _absolute(experiment)
-    return made
+    """The experiment with every key that names a local file made absolute.
+
+    Raises:
+        ConfigError: `storage.path` is relative in a job whose folder Ray deletes with the cluster.
+    """
+    path = experiment.storage.path
+    if _RAY_CACHE in Path.cwd().parts and absolute_uri(path) != path:
+        raise ConfigError(
+            f"storage.path: {path} lies in this job's working directory, which Ray deletes with its cluster; "
+            "give an absolute folder that all nodes share, or s3://bucket/prefix"
+        )
+    changed: E = _absolute(experiment)
+    return changed
 
 
 def _absolute(block: Any) -> Any:
@@ -136,5 +145,5 @@ def _absolute(block: Any) -> Any:
 
 
 def absolute_uri(uri: str) -> str:
-    """`uri` itself if it has a scheme, else the absolute path it means."""
+    """`uri` itself if it has a scheme, else the absolute path of the local file."""
     return uri if "://" in uri or not uri else str(Path(uri).expanduser().absolute())

@@ -48,6 +48,38 @@ def test_a_wrong_value_is_one_sentence_with_its_key(override, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_all_faults_are_named_at_once_unknown_keys_first():
+    with pytest.raises(ConfigError) as error:
+        built("steps=0", "objective.temprature=1", "optimizer.lr=fast", "views.crop_scale=[0.3, 0.2]", "name=a/b")
+    assert str(error.value) == (
+        "5 faults: (1) unknown key objective.temprature; did you mean objective.temperature? "
+        "(2) name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$' (given: 'a/b') "
+        "(3) steps: input should be greater than or equal to 1 (given: 0) "
+        "(4) views.crop_scale: expected 0 < least <= largest, given [0.3, 0.2] "
+        "(5) optimizer.lr: input should be a valid number (given: 'fast')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("objective.crop_grid=foo", "objective.crop_grid: input should be 'native' or a valid integer (given: 'foo')"),
+        ("objective.crop_grid=0", "objective.crop_grid: input should be greater than or equal to 2 (given: 0)"),
+        ("optimizer.kind=sdg", "optimizer.kind: 'sdg' is unknown; did you mean sgd? known: adamw, sgd, lars"),
+        ("optimizer={kind: sgd, betas: [1, 2]}", "unknown key optimizer.betas: kind sgd does not have it"),
+    ],
+)
+def test_a_key_of_several_types_or_kinds_is_one_fault(override, sentence):
+    with pytest.raises(ConfigError) as error:
+        built(override)
+    assert str(error.value) == sentence
+
+
+def test_of_a_key_given_twice_the_last_value_counts_and_that_is_said_once(caplog: pytest.LogCaptureFixture):
+    assert parse_overrides(["steps=1", "name=x", "steps=2"]) == {"steps": 2, "name": "x"}
+    assert caplog.messages == ["steps: given twice on the command line; the last value counts: 2"]
+
+
 @pytest.mark.parametrize("argument", ["steps", "=1", "a..b=1", "1a=2"])
 def test_an_override_is_key_equals_value(argument):
     with pytest.raises(ConfigError, match="key=value"):

@@ -123,7 +123,7 @@ def test_the_start_is_the_experiments_own_values():
         ({"kind": "int", "low": 0.5, "high": 9}, r"space.a.low: .*integer"),
         ({"kind": "choice", "values": []}, r"space.a.values: .*at least 1"),
         ({"kind": "uniform", "low": 1, "hihg": 2}, r"unknown key space.a.hihg"),
-        ({"kind": "normal"}, "'normal' found using 'kind'"),
+        ({"kind": "normal"}, "space.a.kind: 'normal' is unknown; did you mean uniform?"),
     ],
 )
 def test_a_wrong_domain_is_one_sentence(domain, message):

@@ -327,7 +327,7 @@ def test_a_wrong_sweep_is_refused_in_one_sentence(tmp_path: Path, datasets: dict
 def test_a_file_with_a_sweep_section_is_its_own_start(tmp_path: Path, datasets: dict[str, str]):
     path = write_sweep(tmp_path, datasets)
     assert load_experiment(str(path)) == load_sweep(str(path)).start
-    with pytest.raises(ConfigError, match="searches nothing"):
+    with pytest.raises(ConfigError, match="has no search space"):
         load_sweep(str(write_experiment(tmp_path, datasets, workers=1)))
 
 
