@@ -58,12 +58,13 @@ def cluster_up(*, where: Where = "local", folder: Folder = None, debug: Debug = 
 
         _check_local(where)
         from orchestrator.ray_support.spare_processes import importing
+        from orchestrator.training import PRELOAD
 
         with console().status("starting") as status:
             cluster = up(
                 folder or default_folder(),
                 LocalOptions(**asdict(options)),
-                node_environment={**importing(), "RAY_worker_niceness": "0"},
+                node_environment={**importing(PRELOAD), "RAY_worker_niceness": "0"},
                 say=lambda text: status.update(f"waiting for {text}"),
             )
         _show(cluster)

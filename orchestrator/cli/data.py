@@ -33,7 +33,8 @@ def data_build(
     Without an address it runs in this process on all cores; with one, as Ray tasks on the cluster.
     """
     with explained(debug):
-        from orchestrator.datasets.build import build_parts, connect_ray
+        from orchestrator.datasets.build import build_parts
+        from orchestrator.ray_support.session import connect
         from workloads.config import apply_overrides, build, parse_overrides
         from workloads.data.build.shards import BuildConfig
 
@@ -41,7 +42,7 @@ def data_build(
         data = {"source": {"kind": source, "inputs": input}, "output": output, "regions": columns}
         config = build(BuildConfig, apply_overrides(data, parse_overrides(overrides or [])))
         if address:
-            connect_ray(address)
+            connect(address, debug=debug)
         with counting("images") as progress:
             manifests = build_parts(config, progress=progress, on_ray=bool(address))
         for part, manifest in manifests.items():

@@ -8,7 +8,6 @@ build without `val_share`.
 
 import hashlib
 import json
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,9 +21,7 @@ from orchestrator.datasets.commit import assemble, commit_manifest, delete_lefto
 from orchestrator.datasets.layout import STATE_FOLDER, part_folder
 from orchestrator.datasets.shard_tasks import Executor, ShardTask, Tick, execute_here, execute_on_ray, ignore_progress
 from orchestrator.experiments.load import absolute_uri
-from orchestrator.ray_support import credentials
 from orchestrator.ray_support.errors import sentence
-from orchestrator.ray_support.session import join
 from orchestrator.storage import object_store
 from orchestrator.storage.locks import hold
 from workloads.config import to_dict
@@ -194,17 +191,6 @@ def _counter(total: int, progress: Progress | None) -> Tick:
             progress(done, total)
 
     return tick
-
-
-def connect_ray(address: str) -> None:
-    """Join the Ray cluster at `address`, or start a local one for "local"."""
-    import ray
-
-    if not ray.is_initialized():
-        dashboard = False if address == "local" else None
-        # Other nodes need this process's address and credentials of the object store.
-        stores = credentials.gather(os.environ, s3=True)
-        join(address, stores, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _without_duplicates(

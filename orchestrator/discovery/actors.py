@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.discovery.spec import DiscoverExperiment
-from orchestrator.ray_support import credentials
-from orchestrator.ray_support.session import join, on_cluster
+from orchestrator.ray_support.errors import sentence
+from orchestrator.ray_support.session import connect
 from workloads.loops.discovery.finish import DiscoveryError
 from workloads.loops.discovery.job import Job
 from workloads.loops.discovery.worker import PartWorker
@@ -43,14 +43,16 @@ def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug:
     missing = job.missing()
     if not missing:
         return {}
-    start_ray(experiment, debug=debug)
+    scaling = experiment.scaling
+    os.environ["RAY_worker_niceness"] = str(scaling.niceness)  # noqa: SIM112 - Ray's spelling
+    # One CPU more, so that Ray Data's own tasks never wait for actors.
+    connect(os.environ.get("RAY_ADDRESS"), cpus=scaling.num_workers * scaling.cpus_per_worker + 1, debug=debug)
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller shows images, Ray would show blocks
     if not debug:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-    scaling = experiment.scaling
     actors = min(scaling.num_workers, len(missing))
     done = job.num_images - sum(job.images_in(part) for part in missing)
     began, spans = time.time(), []
@@ -79,31 +81,8 @@ def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug:
     }
 
 
-def start_ray(experiment: DiscoverExperiment, *, debug: bool) -> None:
-    """Join the cluster of RAY_ADDRESS, else start a Ray inside this process, large enough for the actors."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    scaling = experiment.scaling
-    os.environ |= {"RAY_worker_niceness": str(scaling.niceness)}
-    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
-    variables = credentials.gather(os.environ, s3=True)
-    if on_cluster():
-        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        join(os.environ["RAY_ADDRESS"], variables, **options)
-        return
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
-    # Logical CPUs: a machine with fewer still runs, slower. One more, so that Ray Data's own tasks never wait for actors.
-    wanted = scaling.num_workers * scaling.cpus_per_worker + 1
-    join("local", variables, num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, **options)
-
-
 def _cause(error: BaseException) -> str:
-    """What an actor raised, in one line: Ray wraps it several times, and puts the traceback into the text."""
-    text = ""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = " ".join(str(seen).split()) or text
-        seen = seen.__cause__ or getattr(seen, "cause", None)
-    return text.rpartition("Error: ")[2][:400] or type(error).__name__
+    """The exception that an actor raised, in one line: Ray wraps it several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return sentence(error)[:400]

@@ -33,6 +33,11 @@ class ScalingConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """How workers are laid over nodes: few nodes, many nodes, or strictly one worker a node."""
 
+    fast_start: bool | None = None
+    """Save seconds at a start and after a fault by means that Ray does not document: processes started and their imports done
+    ahead, no controller process for a sweep's trial, fewer helper processes. null: for a local Ray, and on a cluster whose
+    nodes `cluster up` or the files of `cluster render` started; with a Ray that they were not tested with, never."""
+
     start_timeout_s: PositiveFloat = 60.0
     """How long the workers may take to get their CPUs and start, seconds."""
 
@@ -119,9 +124,13 @@ class FailureConfig:
     patience_s: PositiveFloat = 600.0
     """How long the object store, the cluster's control processes or a lost node may stay away, seconds."""
 
+    grace_s: PositiveFloat = 30.0
+    """How long a run that SIGTERM asked to end may take for its last step and checkpoint until it is ended without, seconds;
+    at most the grace period of whoever sends the signal (30 for a Kubernetes pod). A second SIGTERM ends the run at once."""
+
     spare_processes: bool = True
-    """Keep a process beside each worker, started and its imports done, that takes over when the worker dies, or that the next
-    trial of a sweep begins with; each holds half a gigabyte."""
+    """Where scaling.fast_start holds: keep a standby process beside each worker, started and its imports done, which takes over
+    when the worker dies, or which the next trial of a sweep begins with; each holds half a gigabyte."""
 
 
 @config

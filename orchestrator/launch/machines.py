@@ -16,6 +16,7 @@ from orchestrator.ray_support.spare_processes import importing
 from orchestrator.runs.identity import run_name
 from orchestrator.sweeps.run import sweep_name
 from orchestrator.tracking.addresses import is_server, without_secrets
+from orchestrator.training import PRELOAD
 from workloads.config import to_yaml
 from workloads.errors import ConfigError
 
@@ -67,7 +68,7 @@ def request_of(experiment: AnyExperiment, options: MachineOptions) -> ClusterReq
         memory_gib=options.memory_gib or _memory_gib(experiment, measure=options.measure),
         gpus_per_worker=int(scaling.use_gpu),
         tracking_uri=_tracking_server(experiment),
-        environment={**importing(), "RAY_worker_niceness": str(scaling.niceness), **visible},
+        environment={**importing(PRELOAD), "RAY_worker_niceness": str(scaling.niceness), **visible},
         spot=options.spot,
         retries=options.retries,
     )

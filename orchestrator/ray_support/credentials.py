@@ -1,10 +1,12 @@
-"""Credentials on their way to a cluster: no command line, log or page of Ray's shows them.
+"""Passes credentials to a cluster without any command line, log or page of Ray's showing them.
 
 Ray writes a `runtime_env` into its logs and shows it in its dashboard, so credentials never are among its variables. From the
 client they travel in a file of the job's working directory, which its driver reads at its start. From a driver they travel
-through Ray's key-value store, from where each process of the job fetches them before it does anything else.
+through Ray's key-value store, from where each process of the job fetches them before it does anything else; they are deleted
+when the driver exits.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -14,11 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.ray_support.private import KeyValueStore, in_submitted_job
+from orchestrator.ray_support.private import KeyValueStore, ended_jobs, in_submitted_job, job_id
 
 FILE = "job-credentials.json"
 
-_KEY = "ORCHESTRATOR_CREDENTIALS"  # variable that names the key under which they are
+_KEY = "ORCHESTRATOR_CREDENTIALS"  # variable that holds their key in the store
+_PREFIX = "credentials/"
 _WAIT_S = 30.0
 _PASSED = ("AWS_", "MLFLOW_TRACKING_")
 _OPEN = (
@@ -53,7 +56,7 @@ def _from_files() -> dict[str, str]:
 
 
 def divide(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Those that anyone may see, and those that nobody may."""
+    """Separate the variables into (plain, secret)."""
     seen = {name: value for name, value in variables.items() if _is_open(name, value)}
     return seen, {name: value for name, value in variables.items() if name not in seen}
 
@@ -63,7 +66,7 @@ def _is_open(name: str, value: str) -> bool:
 
 
 def write(folder: Path, secret: Mapping[str, str]) -> None:
-    """Leave `secret` for the driver of a job whose working directory `folder` becomes."""
+    """Write `secret` into `folder`, the working directory of a job that will be submitted, for its driver to read."""
     path = folder / FILE
     path.touch(mode=0o600)
     # Ray keeps a directory that it has unpacked before: no two jobs' are the same, so each finds its own file.
@@ -71,7 +74,7 @@ def write(folder: Path, secret: Mapping[str, str]) -> None:
 
 
 def read() -> None:
-    """In a submitted job's driver: take what its client left in the working directory, and leave nothing there."""
+    """In a submitted job's driver: set the variables that its client wrote into the working directory, and delete the file."""
     path = Path(FILE)
     if in_submitted_job() and path.is_file():
         os.environ.update(json.loads(path.read_text(encoding="utf-8"))["variables"])
@@ -79,23 +82,52 @@ def read() -> None:
 
 
 def promise() -> tuple[dict[str, str], str]:
-    """For a driver's `runtime_env`: variables and the setup hook of processes that will look for what it delivers."""
-    return {_KEY: uuid.uuid4().hex}, f"{__name__}.fetch"
+    """The variables and the setup hook for a driver's `runtime_env`, by which its processes find what it will deliver."""
+    return {_KEY: f"{_PREFIX}{uuid.uuid4().hex}"}, f"{__name__}.fetch"
 
 
 def deliver(variables: Mapping[str, str], secret: Mapping[str, str]) -> None:
-    """Put `secret` where processes with the promise's `variables` look for it."""
-    KeyValueStore().put(variables[_KEY], json.dumps(dict(secret)))
+    """Put `secret` where processes with the promise's `variables` look for it, until this driver exits.
+
+    Removes what drivers of ended jobs left that were killed.
+    """
+    store, key = KeyValueStore(), variables[_KEY]
+    store.put(key, json.dumps({"job": job_id(), "variables": dict(secret)}))
+    atexit.register(_withdraw, key)  # after Ray registered its own end, so before that
+    with contextlib.suppress(Exception):
+        ended = ended_jobs()
+        for other in store.keys(_PREFIX):
+            if json.loads(store.get(other) or b"{}").get("job") in ended:
+                store.delete(other)
+
+
+def _withdraw(key: str) -> None:
+    with contextlib.suppress(Exception):  # the cluster may be gone, and its memory with it
+        KeyValueStore().delete(key)
+
+
+class CredentialsMissingError(RuntimeError):
+    """A process of a job did not get its credentials, so it could reach neither the storage nor the tracking server."""
 
 
 def fetch() -> None:
-    """In a process of the job, before it has work: take what its driver delivered."""
+    """In a process of the job, before it has work: take what its driver delivered.
+
+    Raises:
+        CredentialsMissingError: there is nothing; Ray shows the message as the reason of the process's end.
+    """
     Path(FILE).unlink(missing_ok=True)  # every node unpacks the working directory
+    store, key, error = KeyValueStore(), os.environ[_KEY], ""
     deadline = time.monotonic() + _WAIT_S  # Ray may start a process before the driver has delivered
     while time.monotonic() < deadline:
-        with contextlib.suppress(Exception):
-            kept = KeyValueStore().get(os.environ[_KEY])
-            if kept:
-                os.environ.update(json.loads(kept))
-                return
+        try:
+            value = store.get(key)
+        except Exception as failure:
+            value, error = None, f" ({failure})"
+        if value:
+            os.environ.update(json.loads(value)["variables"])
+            return
         time.sleep(0.1)
+    raise CredentialsMissingError(
+        f"the job's credentials did not arrive within {_WAIT_S:g} s{error}: its driver has ended, or Ray's head is overloaded"
+    )

@@ -6,6 +6,7 @@ and runs then use Ray's public interfaces alone. Ray is imported where a name is
 Train import this.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -114,6 +115,8 @@ KEY_VALUE_STORE = (
     PrivateName("ray.experimental.internal_kv", "_internal_kv_put", ("key", "value", "overwrite", "namespace")),
     PrivateName("ray.experimental.internal_kv", "_internal_kv_exists", ("key", "namespace")),
     PrivateName("ray.experimental.internal_kv", "_internal_kv_del", ("key", "del_by_prefix", "namespace")),
+    PrivateName("ray.experimental.internal_kv", "_internal_kv_list", ("prefix", "namespace")),
+    PrivateName("ray._private.state", "GlobalState.job_table", ("self",)),
 )
 """What every run needs: its public counterpart, a named actor, costs a process."""
 
@@ -180,6 +183,12 @@ class KeyValueStore:
 
         return bool(_internal_kv_exists(key, namespace=self._namespace))
 
+    def keys(self, prefix: str) -> list[str]:
+        """All keys that begin with `prefix`."""
+        from ray.experimental.internal_kv import _internal_kv_list
+
+        return [key.decode() for key in _internal_kv_list(prefix, namespace=self._namespace)]
+
     def delete(self, key: str) -> None:
         """Remove a value; nothing happens if there is none."""
         from ray.experimental.internal_kv import _internal_kv_del
@@ -196,6 +205,20 @@ def submission_id() -> str | None:
     """The submission id of the job whose driver this process is; None: it was not submitted."""
     metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return metadata.get("job_submission_id")
+
+
+def job_id() -> str:
+    """The id of Ray's job that this process belongs to, in hexadecimal."""
+    import ray
+
+    return str(ray.get_runtime_context().get_job_id())
+
+
+def ended_jobs() -> set[str]:
+    """The ids of the cluster's jobs whose driver has exited, in hexadecimal."""
+    from ray._private.state import state
+
+    return {job["JobID"] for job in state.job_table() if job["EndTime"]}
 
 
 def prestart_workers(count: int, environment: str, *, keep_s: int) -> None:
@@ -222,6 +245,34 @@ def prestart_workers(count: int, environment: str, *, keep_s: int) -> None:
         node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_TIMEOUT_S)
     finally:
         channel.close()
+
+
+def inner_exception(error: BaseException) -> BaseException:
+    """The exception inside one of Ray Train's wrappers of a worker's exception; `error` itself if it is none of them."""
+    for attribute in (
+        "_base_exc",
+        "health_check_failure",
+    ):  # of UserExceptionWithTraceback, WorkerHealthCheckFailedError
+        inner = getattr(error, attribute, None)
+        if isinstance(inner, BaseException):
+            error = inner
+    return error
+
+
+def is_startup_timeout(error: BaseException) -> bool:
+    """Whether the workers did not start in time."""
+    return isinstance(error, _exceptions("WorkerGroupStartupTimeoutError"))
+
+
+def is_hang(error: BaseException) -> bool:
+    """Whether a worker neither answered nor died."""
+    return isinstance(error, _exceptions("WorkerHealthCheckTimeoutError"))
+
+
+def _exceptions(name: str) -> tuple[type[BaseException], ...]:
+    with contextlib.suppress(ImportError, AttributeError):
+        return (getattr(importlib.import_module(f"{_TRAIN}.exceptions"), name),)
+    return ()
 
 
 def controller_variables() -> dict[str, str]:

@@ -26,6 +26,7 @@ from orchestrator.sweeps.record import SweepRecord
 from orchestrator.sweeps.stages import Stage, final_stage, search_stage
 from orchestrator.sweeps.tuning import SweepError, SweepStoppedError, prepare_tune, tune_trials
 from orchestrator.tracking.addresses import tracking_uri
+from orchestrator.training import PRELOAD
 from workloads.config import config_hash, to_dict
 from workloads.errors import ConfigError, DataError
 
@@ -68,7 +69,13 @@ def sweep(experiment: SweepExperiment, *, console: Any, resume: bool = False, de
         prepare_tune(debug=debug)
         with ThreadPoolExecutor(1) as pool:
             connected = pool.submit(record.open)  # importing MLflow takes seconds: beside Ray's start
-            start_ray(experiment, uri=tracking_uri(experiment), debug=debug, trials=_trials_at_once(experiment))
+            start_ray(
+                experiment,
+                uri=tracking_uri(experiment),
+                preload=PRELOAD,
+                debug=debug,
+                trials=_trials_at_once(experiment),
+            )
             connected.result()
         try:
             outcome = _sweep(experiment, points, run, record, console=console, debug=debug)

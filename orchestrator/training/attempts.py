@@ -1,4 +1,4 @@
-"""The attempts of one command at one run: judges each failure and records it in the journal."""
+"""Judges the failed attempts at a run and records them in its journal: `Attempts`."""
 
 import contextlib
 import dataclasses
@@ -17,22 +17,18 @@ from workloads.storage.filesystems import resolve_uri
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempts:
-    """The attempts at one run by one command."""
+    """The attempts of one command at one run; the driver and Ray Train's controller share the history in the journal."""
 
-    command: str  # tells this command's faults from those of earlier ones
+    command: str  # id that distinguishes this command's faults from those of earlier ones
     journal: str
     storage: str  # URI of the run's folder
     retries: int
     patience_s: float
-    is_elastic: bool
 
     def judge(self, error: BaseException) -> tuple[Failure, Decision]:
-        """Name a failure and decide about it."""
+        """Classify a failure and decide what to do about it."""
         failure = classify(error, saved_step=self._saved_step(), at_s=time.monotonic())
-        decision = decide(
-            failure, self.earlier(), retries=self.retries, patience_s=self.patience_s, elastic=self.is_elastic
-        )
-        return failure, decision
+        return failure, decide(failure, self.earlier(), retries=self.retries, patience_s=self.patience_s)
 
     def earlier(self) -> list[Failure]:
         """This command's failures so far."""
@@ -40,7 +36,7 @@ class Attempts:
         return [Failure(**fault.failure) for fault in faults if fault.command == self.command]
 
     def record(self, failure: Failure) -> None:
-        """Add a failure to the history, and to what people see: `fault/<kind>` counts, `run.faults` tells."""
+        """Add a failure to the history, to the metric `fault/<kind>`, its count, and to the tag `run.faults`, all reasons."""
         journal = Journal(self.journal)
         journal.append(FaultRecord(command=self.command, failure=dataclasses.asdict(failure)))
         if on_cluster():
@@ -48,9 +44,9 @@ class Attempts:
         failures = self.earlier()
         count = sum(other.kind == failure.kind for other in failures)
         now = int(time.time() * 1000)
-        journal.append(MetricsRecord(step=_place(failure), time_ms=now, metrics={f"fault/{failure.kind}": count}))
-        told = "; ".join(f"{f.kind} at step {_place(f)}: {f.reason}" for f in failures)
-        journal.append(TagsRecord(tags={"run.faults": without_secrets(told)[-4000:]}))
+        journal.append(MetricsRecord(step=_step_of(failure), time_ms=now, metrics={f"fault/{failure.kind}": count}))
+        reasons = "; ".join(f"{f.kind} at step {_step_of(f)}: {f.reason}" for f in failures)
+        journal.append(TagsRecord(tags={"run.faults": without_secrets(reasons)[-4000:]}))
 
     def _saved_step(self) -> int:
         with contextlib.suppress(OSError):
@@ -59,5 +55,5 @@ class Attempts:
         return max((failure.saved_step for failure in self.earlier()), default=0)
 
 
-def _place(failure: Failure) -> int:
+def _step_of(failure: Failure) -> int:
     return failure.saved_step if failure.step is None else failure.step

@@ -1,16 +1,21 @@
-"""What to do when an attempt at a run fails: decided purely here, acted on in `train`."""
+"""Classifies the failure of an attempt at a run (`classify`) and decides what to do about it (`decide`), without acting."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.ray_support.errors import died_at_birth, sentence, worker_cause
+from orchestrator.ray_support.private import is_hang, is_startup_timeout
 from workloads.errors import ConfigError
 
 Kind = Literal["request", "deterministic", "stopped", "store", "node", "worker", "resources", "controller", "unknown"]
-"""What failed: the request itself; the same way twice; nothing, it was told to stop; the object store; a node with its
-workers; a worker; not enough resources in time; Ray's own control processes; anything else."""
+"""Kinds of failures.
 
-# Ray tells a death in many lines about its own insides.
+`request`: invalid config. `deterministic`: would fail again. `stopped`: asked to stop. `store`: the object store is unavailable.
+`node`: a node died with its workers. `worker`: a worker process died or hangs. `resources`: workers did not get their resources
+in time. `controller`: Ray's control processes died. `unknown`: anything else.
+"""
+
+# Ray describes a death in many lines about its internals.
 _DEATHS: dict[Kind, str] = {
     "worker": "a worker process died (killed, out of memory, or crashed)",
     "node": "a node died, and a worker with it",
@@ -27,29 +32,28 @@ class Failure:
     kind: Kind
     reason: str  # one sentence
     signature: str  # equal for equal faults
-    step: int | None  # updates done when it failed, if a worker could tell
+    step: int | None  # updates done when it failed, if a worker raised
     saved_step: int  # the newest checkpoint's step afterwards; 0 without one
     at_s: float  # monotonic clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What is done about it, and why."""
+    """Whether to try again, after which wait, and why."""
 
-    action: Literal["retry", "shrink", "stop"]
+    action: Literal["retry", "stop"]
     wait_s: float
     reason: str
 
 
-def decide(failure: Failure, earlier: list[Failure], *, retries: int, patience_s: float, elastic: bool) -> Decision:
-    """Retry, go on with fewer workers, or stop.
+def decide(failure: Failure, earlier: list[Failure], *, retries: int, patience_s: float) -> Decision:
+    """Retry or stop.
 
-    A fault in passing is retried with growing waits. What counts are failures since the last progress (a newer
+    A transient failure is retried with growing waits. What counts are failures since the last progress (a newer
     checkpoint): at most `retries` of them, and, while the store or the cluster is away, at most `patience_s` seconds.
 
     Args:
         earlier: this run's earlier failures, oldest first.
-        elastic: whether the run may go on with fewer workers.
     """
     match failure.kind:
         case "request" | "deterministic" | "stopped":
@@ -71,12 +75,11 @@ def decide(failure: Failure, earlier: list[Failure], *, retries: int, patience_s
         wait_s = 0.0 if not fruitless else min(_FIRST_WAIT_S * 2 ** (len(fruitless) - 1), _LONGEST_WAIT_S)
     else:
         wait_s = min(_FIRST_WAIT_S * 2 ** len(fruitless), _LONGEST_WAIT_S)
-    action: Literal["retry", "shrink"] = "shrink" if failure.kind in ("node", "resources") and elastic else "retry"
-    return Decision(action=action, wait_s=wait_s, reason=failure.reason)
+    return Decision(action="retry", wait_s=wait_s, reason=failure.reason)
 
 
 def classify(error: BaseException, *, saved_step: int, at_s: float) -> Failure:
-    """Name what went wrong in an attempt, out of Ray's wrappers."""
+    """Find the cause of a failed attempt inside Ray's wrappers, and its kind."""
     from ray.exceptions import RayError
 
     cause = worker_cause(error)
@@ -97,7 +100,7 @@ def classify(error: BaseException, *, saved_step: int, at_s: float) -> Failure:
 
 def _kind(cause: BaseException, error: BaseException) -> Kind:
     from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayError, WorkerCrashedError
-    from ray.train import ControllerError
+    from ray.train import ControllerError, PreemptionError
 
     from workloads.errors import DataError, RunStoppedError, StoreUnavailableError
     from workloads.loops.meter import NonFiniteLossError
@@ -120,12 +123,12 @@ def _kind(cause: BaseException, error: BaseException) -> Kind:
             if isinstance(error, RayError):  # nobody wrapped it: it is the controller that died
                 return "controller"
             return "node" if "node has died" in text or "node was" in text else "worker"
-    if type(cause).__name__ == "PreemptionError":  # a node was taken, after notice
-        return "node"
-    if ("timed out" in text.lower() and "placement group" in text.lower()) or "StartupTimeout" in type(cause).__name__:
+        case PreemptionError():  # a node was taken, after notice
+            return "node"
+    if is_startup_timeout(cause) or ("timed out" in text.lower() and "placement group" in text.lower()):
         return "resources"
     if is_outage(cause):
         return "store"
-    if type(cause).__name__ == "WorkerHealthCheckTimeoutError":  # it hangs
+    if is_hang(cause):
         return "worker"
     return "controller" if isinstance(error, (ControllerError, RayError)) else "unknown"

@@ -1,4 +1,4 @@
-"""What Ray imports in a process of a node of ours before the process has work (see `spares`): what its role needs.
+"""Imported by Ray in every idle worker process (`RAY_preload_python_modules`), so that heavy imports are done before work arrives.
 
 Imports cost seconds of a core, so the actor by which workers wait for each other must not import what only workers use.
 """

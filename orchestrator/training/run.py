@@ -1,19 +1,19 @@
-"""`orchestrator train`: check the request, start Ray, fit, keep the record, continue what failed in passing."""
+"""Trains a run to its end (`train`): checks the request, connects to Ray, fits, records, and continues after faults."""
 
 import contextlib
 import logging
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from orchestrator.experiments.spec import AnyExperiment
 from orchestrator.ray_support.errors import sentence, worker_cause
 from orchestrator.ray_support.private import submission_id
-from orchestrator.ray_support.session import is_trial, on_cluster, start_ray
+from orchestrator.ray_support.session import is_trial, on_cluster, start_ray, uses_fast_paths
 from orchestrator.ray_support.spare_processes import order_first
 from orchestrator.runs.delivery import JournalDrain
 from orchestrator.runs.identity import Run, claim_run, finished_run, hold_run, mark_finished
@@ -30,10 +30,13 @@ from orchestrator.tracking.addresses import (
 )
 from orchestrator.tracking.header import DatasetUse, run_header
 from orchestrator.tracking.sink import MlflowSink
+from orchestrator.training import PRELOAD
 from orchestrator.training.session import Session, Stopwatch, TrainingError, TrainOutcome
 from workloads.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
+
     from orchestrator.training.attempts import Attempts
 
 logger = logging.getLogger(__name__)
@@ -42,17 +45,17 @@ logger = logging.getLogger(__name__)
 def train(
     experiment: AnyExperiment,
     *,
-    console: Any,
+    console: Console,
     watch: Stopwatch,
     debug: bool = False,
     tags: Mapping[str, str] | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: "Sequence[UserCallback]" = (),
 ) -> TrainOutcome:
     """Run `experiment` to its end.
 
     Args:
         tags: of the tracked run, beside its own.
-        callbacks: Ray Train's, called in the controller at every report.
+        callbacks: run in Ray Train's controller at every report.
 
     Raises:
         ConfigError, DataError: the request cannot work; nothing was started.
@@ -77,29 +80,35 @@ def train(
         if finished_run(run):
             console.print(f"run {run.name} has ended before; nothing is left to do", highlight=False)
             return _outcome(run, sink, uri)
-        with ThreadPoolExecutor(1) as pool:
-            # Importing MLflow and making its tables takes seconds: beside Ray's start.
-            connected = pool.submit(sink.connect)
-            with watch.phase("ray"):
-                start_ray(experiment, uri=uri, debug=debug)
-                if not on_cluster() and not is_trial():
-                    order_first(experiment.scaling.most_workers)
-            if not is_trial():  # its sweep has reached the store, and its workers need not wait
-                with watch.phase("tracking_wait"):
-                    _wait_connected(connected, uri)
-        return _fit_and_record(
-            Session(
-                experiment=experiment,
-                run=run,
-                sink=sink,
-                journal=journal,
-                uri=uri,
-                console=console,
-                watch=watch,
-                debug=debug,
-                callbacks=callbacks,
-            )
+        session = Session(
+            experiment=experiment,
+            run=run,
+            sink=sink,
+            journal=journal,
+            uri=uri,
+            console=console,
+            watch=watch,
+            debug=debug,
+            fast_paths=uses_fast_paths(experiment.scaling),
+            callbacks=callbacks,
         )
+        _connect(session)
+        return _fit_and_record(session)
+
+
+def _connect(session: Session) -> None:
+    """Start or join Ray, and beside that reach the tracking store, since importing MLflow and making its tables takes seconds."""
+    pool = ThreadPoolExecutor(1)
+    connected = pool.submit(session.sink.connect)
+    pool.shutdown(wait=False)
+    with session.watch.phase("ray"):
+        start_ray(session.experiment, uri=session.uri, preload=PRELOAD, debug=session.debug)
+        if session.fast_paths and not on_cluster() and not is_trial():
+            order_first(session.experiment.scaling.most_workers)
+    if is_trial():
+        return  # its sweep has reached the store; an error comes again when the journal is delivered, and is retried there
+    with session.watch.phase("tracking_wait"):
+        _wait_connected(connected, session.uri)
 
 
 def _wait_connected(connected: "Future[str]", uri: str) -> None:
@@ -137,7 +146,7 @@ def _fit_and_record(session: Session) -> TrainOutcome:
     except KeyboardInterrupt:
         status = "KILLED"
         raise
-    except SystemExit:  # a sweep has seen enough of this trial, and says so in its record
+    except SystemExit:  # Tune stops a trial that has trained enough
         status = "FINISHED"
         raise
     finally:
@@ -170,7 +179,7 @@ def _outcome(run: Run, sink: MlflowSink, uri: str) -> TrainOutcome:
 
 
 def _fit_with_retries(session: Session) -> None:
-    """Fit; what failed in passing is continued by name from its newest checkpoint, as `failures.decide` says."""
+    """Fit; continue from the newest checkpoint after transient failures, as `failures.decide` says."""
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
@@ -199,31 +208,21 @@ def _fit_with_retries(session: Session) -> None:
 def _fit(session: Session, attempts: "Attempts") -> None:
     with session.watch.phase("ray_train_imports"):
         from orchestrator.training.progress import ProgressWatcher, forget_stop
+        from orchestrator.training.stopping import GraceOverError, stop_on_sigterm
         from orchestrator.training.trainer import make_trainer
 
         trainer = make_trainer(session, attempts)
-    forget_stop(session.run.claim)
-    with ProgressWatcher(session.run.claim, console=session.console), _sigterm_stops(session.run.claim):
-        try:
-            trainer.fit()
-        except SystemExit:  # Ray's handler of Ctrl-C stops the workers and would end this process as if all were done
-            raise KeyboardInterrupt from None
-
-
-@contextlib.contextmanager
-def _sigterm_stops(claim: str) -> Iterator[None]:
-    """While the context lasts, SIGTERM asks the workers to save and end, which ends the run in words."""
-    from orchestrator.training.progress import ask_to_stop
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(*_: object) -> None:
-        threading.Thread(target=ask_to_stop, args=(claim,), daemon=True).start()
-
-    before = signal.signal(signal.SIGTERM, ask)
+    claim, grace_s = session.run.claim, session.experiment.failure.grace_s
+    forget_stop(claim)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with ProgressWatcher(claim, console=session.console), stop_on_sigterm(claim, grace_s=grace_s):
+            trainer.fit()
+    except GraceOverError:
+        raise TrainingError(
+            f"run {session.run.name}: asked to end, and ended without waiting longer for its workers (failure.grace_s="
+            f"{grace_s:g}); its newest checkpoint is of step {session.saved_step()}; give the same command again to continue"
+        ) from None
+    except SystemExit:
+        if is_trial():  # Tune stops a trial that has trained enough
+            raise
+        raise KeyboardInterrupt from None  # Ray's handler of Ctrl-C stops the workers and exits as if all were done

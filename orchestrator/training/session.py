@@ -1,11 +1,13 @@
-"""The state that the phases of one `train` command share, and its outcome."""
+"""Holds the state that the phases of one `train` command share (`Session`), their times (`Stopwatch`) and its `TrainOutcome`."""
 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from orchestrator.experiments.spec import AnyExperiment
 from orchestrator.runs.identity import Run
@@ -14,11 +16,13 @@ from workloads.errors import RunFailedError
 from workloads.storage.checkpoint_store import CheckpointStore
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
+
     from orchestrator.training.attempts import Attempts
 
 
 class TrainingError(RunFailedError):
-    """The run failed; the message says why in one sentence."""
+    """A run failed; the message says why in one sentence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +44,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Measure the time of the block as `startup/<name>_s`."""
         start = time.time()
         try:
             yield
@@ -50,17 +54,18 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """What the phases of one `train` share."""
+    """One `train` command: its experiment, its run, and where it records."""
 
     experiment: AnyExperiment
     run: Run
     sink: MlflowSink
     journal: Path
     uri: str  # of the tracking store
-    console: Any
+    console: Console
     watch: Stopwatch
     debug: bool
-    callbacks: Sequence[Any]  # of Ray Train, beside our own
+    fast_paths: bool  # whether private interfaces of Ray are used, see `ray_support.session.uses_fast_paths`
+    callbacks: "Sequence[UserCallback]"  # of the caller, beside the journal's
 
     @property
     def checkpoints(self) -> CheckpointStore:
@@ -68,18 +73,18 @@ class Session:
         return CheckpointStore(self.run.filesystem, f"{self.run.folder}/checkpoints")
 
     def saved_step(self) -> int:
-        """The newest checkpoint's step; 0 without one, or where the storage does not say now."""
+        """The newest checkpoint's step; 0 without one, or if the storage does not answer."""
         with contextlib.suppress(OSError):
             return max(self.checkpoints.steps(), default=0)
         return 0
 
     def best_checkpoint(self) -> tuple[int, str]:
-        """Step and place of the best checkpoint, or of the newest where none was measured."""
+        """Step and path of the best checkpoint, or of the newest if none was measured."""
         newest = self.saved_step()
         return self.checkpoints.best() or (newest, self.checkpoints.path_of(newest))
 
     def attempts(self, command: str) -> "Attempts":
-        """What `command` tries, for the driver and for Ray Train's controller."""
+        """The attempts of `command`, for the driver and for Ray Train's controller."""
         from orchestrator.training.attempts import Attempts
 
         failure = self.experiment.failure
@@ -89,7 +94,6 @@ class Session:
             storage=self.storage,
             retries=failure.retries,
             patience_s=failure.patience_s,
-            is_elastic=self.experiment.scaling.is_elastic,
         )
 
     @property

@@ -1,114 +1,101 @@
-"""One attempt at a run, as Ray Train takes it: what its controller, its policies and its workers are."""
+"""Builds the trainer for one attempt at a run: Ray Train's `TorchTrainer`, or `PolicyTrainer` where fast paths are used."""
 
-import asyncio
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.ray_support.private import TrainController
 from orchestrator.ray_support.session import is_trial, on_cluster
 from orchestrator.ray_support.spare_processes import WORKER_ENVIRONMENT
 from orchestrator.training.attempts import Attempts
 from orchestrator.training.journal_callback import JournalCallback
-from orchestrator.training.policies import (
-    ControllerPolicy,
-    ControllerSpare,
-    EmbeddedScaling,
-    LiveNodesScaling,
-    PreemptionThread,
-)
-from orchestrator.training.worker import train_worker
+from orchestrator.training.worker import WorkerJob, train_worker
 from workloads.config import to_dict
 
 if TYPE_CHECKING:
     from orchestrator.training.session import Session
 
+_TRAIN: Any = ray.train  # its annotations describe Train V1
 
-def make_trainer(session: "Session", attempts: Attempts) -> Any:
-    """Ray Train's trainer of one attempt at the session's run."""
-    api: Any = ray.train  # its annotations describe Train V1
+
+def make_trainer(session: "Session", attempts: Attempts) -> TorchTrainer:
+    """The trainer of one attempt at the session's run."""
+    experiment = session.experiment
+    scaling = experiment.scaling
+    scaling_config = _TRAIN.ScalingConfig(
+        num_workers=scaling.num_workers,
+        elastic_resize_monitor_interval_s=scaling.resize_check_s,
+        use_gpu=scaling.use_gpu,
+        resources_per_worker={"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if scaling.use_gpu else {})},
+        placement_strategy=scaling.placement,
+    )
+    callbacks: list[Any] = [JournalCallback(str(session.journal)), *session.callbacks]
+    options: dict[str, Any] = {
+        "train_loop_config": {"job": _job(session)},
+        "torch_config": TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        "scaling_config": scaling_config,
+    }
+    where = {
+        "name": session.run.name,
+        "storage_path": session.run.storage_path,
+        "storage_filesystem": session.run.filesystem,
+    }
     worker: Any = train_worker
+    if not session.fast_paths:
+        # A failed attempt comes back to the driver, which judges it, records it and makes the next one.
+        config = _TRAIN.RunConfig(
+            **where,
+            callbacks=callbacks,
+            failure_config=_TRAIN.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        )
+        return TorchTrainer(worker, run_config=config, **options)
 
-    class Trainer(TorchTrainer):
-        """Without the actors that have nothing to do here: each costs a process, which two cores feel."""
+    from orchestrator.training.policies import (
+        ControllerPolicy,
+        ControllerSpare,
+        EmbeddedScaling,
+        LiveNodesScaling,
+        PolicyTrainer,
+        PreemptionThread,
+    )
 
-        def _create_default_callbacks(self) -> list[Any]:
-            parent: Any = super()
-            # Ray Data feeds no worker. And an embedded Ray ends with this process: nobody can lose its driver.
-            unused = {"DatasetsCallback"} | (set() if on_cluster() else {"PlacementGroupCleanerCallback"})
-            callbacks: list[Any] = parent._create_default_callbacks()
-            return [callback for callback in callbacks if type(callback).__name__ not in unused]
-
-        def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            parts["failure_policy"] = ControllerPolicy(self.run_config.failure_config, attempts)
-            scaling_config: Any = self.scaling_config
-            if session.experiment.scaling.is_elastic:
-                parts["scaling_policy"] = LiveNodesScaling(scaling_config)
-            elif not on_cluster():
-                parts["scaling_policy"] = EmbeddedScaling(scaling_config)
-            if is_trial():
-                return _run_controller_here(parts)
-            parent: Any = super()
-            return parent._initialize_and_run_controller(**parts)
-
-    run, scaling = session.run, session.experiment.scaling
-    return Trainer(
+    if on_cluster():
+        callbacks.append(PreemptionThread())
+    if experiment.failure.spare_processes:
+        callbacks.append(ControllerSpare())
+    config = _TRAIN.RunConfig(**where, callbacks=callbacks, worker_runtime_env=WORKER_ENVIRONMENT)
+    fixed = None if on_cluster() else EmbeddedScaling(scaling_config)
+    return PolicyTrainer(
         worker,
-        train_loop_config=_job(session),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        scaling_config=api.ScalingConfig(
-            num_workers=scaling.num_workers,
-            elastic_resize_monitor_interval_s=scaling.resize_check_s,
-            use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if scaling.use_gpu else {})},
-            placement_strategy=scaling.placement,
+        run_config=config,
+        **options,
+        failure_policy=ControllerPolicy(config.failure_config, attempts),
+        scaling_policy=LiveNodesScaling(scaling_config) if scaling.is_elastic else fixed,
+        # Ray Data feeds no worker; a local Ray ends with this process, so nobody can lose its driver.
+        unused=frozenset(
+            {"DatasetsCallback"} if on_cluster() else {"DatasetsCallback", "PlacementGroupCleanerCallback"}
         ),
-        run_config=api.RunConfig(
-            name=run.name,
-            storage_path=run.storage_path,
-            storage_filesystem=run.filesystem,
-            worker_runtime_env=WORKER_ENVIRONMENT,
-            callbacks=[
-                JournalCallback(str(session.journal)),
-                *([PreemptionThread()] if on_cluster() else []),
-                *([ControllerSpare()] if session.experiment.failure.spare_processes else []),
-                *session.callbacks,
-            ],
-        ),
+        here=is_trial(),
     )
 
 
-def _run_controller_here(parts: Mapping[str, Any]) -> Any:
-    """Ray Train's controller in this process, which is a trial's: an actor more would cost a start and its imports."""
-    controller = TrainController(**parts)
-    try:
-        asyncio.run(controller.run())
-    except SystemExit:  # Tune stops the trial; the process may serve the next one, so nothing may be left behind
-        if controller._worker_group is not None:
-            controller._worker_group.abort()
-        raise
-    return controller.get_result()
-
-
-def _job(session: "Session") -> dict[str, Any]:
-    """What a worker is told, in plain values."""
-    return {
-        "config": to_dict(session.experiment.science),
-        "niceness": session.experiment.scaling.niceness,
-        "threads": session.experiment.scaling.threads,
-        "progress_key": session.run.claim,
-        "storage": session.storage,
-        "keep_checkpoints": session.experiment.storage.keep_checkpoints,
-        "best_metric": session.experiment.storage.best_metric,
-        "patience_s": session.experiment.failure.patience_s,
-        "watch_preemption": on_cluster(),
-        "spare": session.experiment.failure.spare_processes,
-        "node_load": on_cluster() and session.experiment.tracking.system_metrics,
-        "gauges_of": session.run.name if on_cluster() else None,
-        "began": session.watch.began,
-        "timings": session.watch.timings,
-        "submitted": time.time(),
-    }
+def _job(session: "Session") -> WorkerJob:
+    experiment = session.experiment
+    return WorkerJob(
+        config=to_dict(experiment.science),
+        storage=session.storage,
+        keep_checkpoints=experiment.storage.keep_checkpoints,
+        best_metric=experiment.storage.best_metric,
+        patience_s=experiment.failure.patience_s,
+        niceness=experiment.scaling.niceness,
+        threads=experiment.scaling.threads,
+        progress_key=session.run.claim,
+        watch_preemption=on_cluster(),
+        standby=session.fast_paths and experiment.failure.spare_processes,
+        node_load=on_cluster() and experiment.tracking.system_metrics,
+        gauges_of=session.run.name if on_cluster() else None,
+        began=session.watch.began,
+        timings=dict(session.watch.timings),
+        submitted=time.time(),
+    )

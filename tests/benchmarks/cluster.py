@@ -25,6 +25,7 @@ from cluster.local import LocalCluster, down, up  # noqa: E402
 from orchestrator.datasets.build import build_dataset  # noqa: E402
 from orchestrator.demo.scenes import write_scenes  # noqa: E402
 from orchestrator.ray_support.spare_processes import importing  # noqa: E402
+from orchestrator.training import PRELOAD  # noqa: E402
 from tests.cluster.conftest import free_options  # noqa: E402
 from workloads.data.build.shards import BuildConfig  # noqa: E402
 from workloads.data.build.sources import FolderSourceConfig  # noqa: E402
@@ -68,7 +69,7 @@ def main() -> None:
             speeds["side by side"] += bare(folder, repetition, count=2)
             speeds["two ranks"].append(two_ranks(folder, repetition))
             began = time.monotonic()
-            node = {**importing(), "RAY_worker_niceness": "0"}
+            node = {**importing(PRELOAD), "RAY_worker_niceness": "0"}
             cluster = up(folder / f"cluster{repetition}", free_options(nodes=2, cpus_per_node=1), node_environment=node)
             result["up_s"].append(round(time.monotonic() - began, 1))
             try:

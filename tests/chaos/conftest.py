@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster
 
 from orchestrator.datasets.build import build_dataset
 from orchestrator.ray_support.spare_processes import importing
+from orchestrator.training import PRELOAD
 from tests.oracles.sample_plan import epoch_order
 from tests.s3_peer import faulty, free_port, s3_peer
 from workloads.data.build.shards import BuildConfig
@@ -94,7 +95,7 @@ class Nodes:
     """A Ray cluster of two nodes with two CPUs each; node 0 is the head, where drivers run."""
 
     def __init__(self) -> None:
-        os.environ.update(importing())  # raylets inherit it, as they do from who starts a cluster
+        os.environ.update(importing(PRELOAD))  # raylets inherit it, as they do from who starts a cluster
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         self._others = [self._cluster.add_node(num_cpus=2)]
         self._cluster.wait_for_nodes()

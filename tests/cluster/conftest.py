@@ -11,6 +11,7 @@ import pytest
 
 from cluster.local import LocalCluster, LocalOptions, down, find, up
 from orchestrator.ray_support.spare_processes import importing
+from orchestrator.training import PRELOAD
 from tests.orchestrator.conftest import datasets
 from tests.s3_peer import free_port, made_environment
 
@@ -33,7 +34,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """Two nodes of one CPU, MLflow, and an S3 store."""
     folder = tmp_path_factory.mktemp("local")
     options = free_options(nodes=2, cpus_per_node=1, store="swift")
-    made = up(folder, options, node_environment={**importing(), "RAY_worker_niceness": "0"})
+    made = up(folder, options, node_environment={**importing(PRELOAD), "RAY_worker_niceness": "0"})
     yield made
     if find(folder) is not None:
         down(folder)

@@ -22,6 +22,7 @@ import pytest
 from cluster import swift
 from orchestrator.demo.scenes import write_scenes
 from orchestrator.ray_support.spare_processes import importing
+from orchestrator.training import PRELOAD
 from tests.s3_peer import made_environment
 
 pytestmark = [pytest.mark.jobs, pytest.mark.timeout(900)]
@@ -105,7 +106,7 @@ class Machines:
             "RAY_USAGE_STATS_ENABLED": "0",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            **importing(),
+            **importing(PRELOAD),
             "RAY_worker_niceness": "0",
             **(keys if with_keys else {}),
         }

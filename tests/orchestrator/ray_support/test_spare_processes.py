@@ -8,7 +8,8 @@ import textwrap
 SCRIPT = """
     import contextlib, json, os, sys, time
     from orchestrator.ray_support.spare_processes import WORKER_ENVIRONMENT, importing, order
-    os.environ.update(importing())
+    from orchestrator.training import PRELOAD
+    os.environ.update(importing(PRELOAD))
     import psutil, ray
     from ray.runtime_env import RuntimeEnv
 
@@ -70,7 +71,8 @@ def test_an_ordered_process_is_taken_by_the_actor_of_its_environment():
 TRAINING = """
     import contextlib, json, os, pathlib, tempfile, time
     from orchestrator.ray_support.spare_processes import WORKER_ENVIRONMENT, importing, order_first
-    os.environ.update(importing() | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"})  # Ray Train passes such variables on
+    from orchestrator.training import PRELOAD
+    os.environ.update(importing(PRELOAD) | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"})  # Ray Train passes such variables on
     import psutil, ray, ray.train
     from ray.train.torch import TorchTrainer
 

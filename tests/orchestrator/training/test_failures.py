@@ -5,8 +5,9 @@ import pickle
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckTimeoutError
 
-from orchestrator.ray_support.errors import worker_cause
+from orchestrator.ray_support.errors import sentence, worker_cause
 from orchestrator.training.failures import Decision, Failure, classify, decide
 from workloads.errors import ConfigError, DataError, RunStoppedError, StoreUnavailableError
 from workloads.loops.meter import NonFiniteLossError
@@ -16,10 +17,8 @@ def failure(kind: str, *, step: int | None = None, saved: int = 0, at_s: float =
     return Failure(kind=kind, reason=reason, signature=reason, step=step, saved_step=saved, at_s=at_s)  # type: ignore[arg-type]
 
 
-def decided(
-    last: Failure, *earlier: Failure, retries: int = 2, patience_s: float = 60.0, elastic: bool = False
-) -> Decision:
-    return decide(last, list(earlier), retries=retries, patience_s=patience_s, elastic=elastic)
+def decided(last: Failure, *earlier: Failure, retries: int = 2, patience_s: float = 60.0) -> Decision:
+    return decide(last, list(earlier), retries=retries, patience_s=patience_s)
 
 
 @pytest.mark.parametrize("kind", ["request", "deterministic", "stopped"])
@@ -63,12 +62,6 @@ def test_a_store_that_is_away_is_waited_for_as_long_as_patience_lasts():
     assert waits == sorted(waits) and waits[0] >= 1 and waits[-1] == 30
 
 
-def test_a_lost_node_shrinks_an_elastic_run_only():
-    assert decided(failure("node"), elastic=True).action == "shrink"
-    assert decided(failure("node")).action == "retry"
-    assert decided(failure("worker"), elastic=True).action == "retry"
-
-
 @pytest.mark.parametrize(
     ("cause", "kind"),
     [
@@ -80,6 +73,8 @@ def test_a_lost_node_shrinks_an_elastic_run_only():
         (OSError("AWS Error NETWORK_CONNECTION during HeadObject: curlCode: 7, Couldn't connect to server"), "store"),
         (WorkerCrashedError(), "worker"),
         (ValueError("index 3 is out of bounds"), "unknown"),
+        (WorkerGroupStartupTimeoutError(2), "resources"),
+        (WorkerHealthCheckTimeoutError("worker 0 did not answer"), "worker"),
     ],
 )
 def test_what_a_worker_raised_is_named(cause, kind):
@@ -119,3 +114,38 @@ def test_a_controller_that_could_not_begin_says_why() -> None:
     found = classify(ActorDiedError(cause), saved_step=0, at_s=0.0)
     assert found.kind == "controller"
     assert found.reason == "the process that controls the workers died (OSError: bucket 'x': HTTP status 412)"
+
+
+CUDA = """CUDA error: an illegal memory access was encountered
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+SQL = """(sqlite3.OperationalError) database is locked
+[SQL: UPDATE runs SET status=? WHERE runs.run_uuid = ?]
+(Background on this error at: https://sqlalche.me/e/20/e3q8)"""
+TRACEBACK = """Task failed:
+Traceback (most recent call last):
+  File "x.py", line 3, in f
+ValueError: index 3 is out of bounds"""
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (CUDA, "CUDA error: an illegal memory access was encountered"),
+        (SQL, "(sqlite3.OperationalError) database is locked"),
+        (TRACEBACK, "ValueError: index 3 is out of bounds"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_line_that_names_the_error_is_taken_not_the_advice_after_it(text: str, line: str) -> None:
+    assert sentence(RuntimeError(text)) == line
+
+
+def test_unlike_cuda_errors_are_told_apart() -> None:
+    other = CUDA.replace("an illegal memory access was encountered", "device-side assert triggered")
+    first, second = (
+        classify(WorkerGroupError("failed", {0: RuntimeError(text)}), saved_step=0, at_s=0.0) for text in (CUDA, other)
+    )
+    assert first.signature != second.signature
