@@ -120,6 +120,10 @@ class RayRuntime:
         self._extra["startup/restore_s"] = time.time() - started
         return restored
 
+    def check_space(self, num_bytes: int) -> None:
+        """Compare the size of one checkpoint with the free space of the run's storage."""
+        self._checkpoints.check_space(num_bytes)
+
     def save(self, snapshot: Snapshot) -> None:
         """Hand rank 0's snapshot to the thread that writes it to the run's storage."""
         self._sender.raise_failure()

@@ -15,6 +15,7 @@ from workloads.loops.meter import Meter
 from workloads.parallel.distributed import wait_for_all
 from workloads.parallel.runtime import Runtime
 from workloads.storage.checkpoint import CheckpointError, CheckpointMeta, Restored, take_snapshot
+from workloads.storage.space import checkpoint_bytes
 from workloads.types import ImageBatch
 
 
@@ -83,11 +84,14 @@ def run_steps(training: Training, settings: StepsConfig, runtime: Runtime) -> di
 
     Raises:
         CheckpointError: the newest checkpoint belongs to another config or dataset, or is damaged.
+        ConfigError: the disk has no room for a checkpoint.
         NonFiniteLossError: the loss is NaN or infinite.
         RunStoppedError: the run was asked to stop.
     """
     model, optimizer, loader = training.model, training.optimizer, training.loader
     restored = _resume(runtime, model, optimizer, training.identity)
+    if runtime.rank == 0:
+        runtime.check_space(checkpoint_bytes(model, optimizer))
     step = restored.meta.step if restored is not None else 0
     batches = loader.iterate(start_step=step)
     meter = Meter(loader, remedy=training.remedy)

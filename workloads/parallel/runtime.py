@@ -58,6 +58,14 @@ class Runtime(Protocol):
         """
         ...
 
+    def check_space(self, num_bytes: int) -> None:
+        """Compare the size of one checkpoint with the free space where the run is stored; called on rank 0.
+
+        Raises:
+            ConfigError: there is no room for one.
+        """
+        ...
+
     def save(self, snapshot: Snapshot) -> None:
         """Queue rank 0's snapshot for writing and return at once.
 
@@ -198,6 +206,9 @@ class LocalRuntime:
 
     def restore(self) -> Restored | None:
         return read_newest_everywhere(self.checkpoints, device=self.device)
+
+    def check_space(self, num_bytes: int) -> None:
+        self.checkpoints.check_space(num_bytes)
 
     def save(self, snapshot: Snapshot) -> None:
         if self.rank == 0:

@@ -3,19 +3,24 @@
 import dataclasses
 import errno
 import json
+import os
+import shutil
 import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
 from torch import nn
 
+from workloads.errors import ConfigError
 from workloads.storage.checkpoint import CheckpointError, CheckpointMeta, Snapshot, read_checkpoint, take_snapshot
 from workloads.storage.checkpoint_store import CheckpointStore
 from workloads.storage.checkpoint_writer import CheckpointWriter
+from workloads.storage.space import checkpoint_bytes, num_bytes
 
 
 def snapshot_of(step: int, **metrics: float) -> Snapshot:
@@ -127,6 +132,7 @@ class Flaky:
         self.asked: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.folder, self.steps, self.free_bytes = store.folder, store.steps, store.free_bytes
 
     def write(self, snapshot: Snapshot) -> CheckpointMeta:
         self.asked.append(snapshot.meta.step)
@@ -137,7 +143,7 @@ class Flaky:
 
 
 def test_a_store_that_fails_in_passing_is_asked_again(tmp_path):
-    flaky = Flaky(store_at(tmp_path), [OSError("HTTP status 503"), OSError(errno.ENOSPC, "No space left on device")])
+    flaky = Flaky(store_at(tmp_path), [OSError("HTTP status 503"), OSError("Connection reset")])
     writer = CheckpointWriter(flaky, first_wait_s=0.01)
     writer.submit(snapshot_of(1))
     writer.flush()
@@ -172,15 +178,164 @@ def test_what_waits_gives_way_to_what_is_newer(tmp_path):
     assert flaky.asked == [1, 4] and store_at(tmp_path).steps() == [4]
 
 
-@pytest.mark.parametrize("error", [PermissionError("not allowed"), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("error", [PermissionError("not allowed"), OSError("HTTP status 503")])
 def test_a_store_that_does_not_recover_ends_the_run_in_words(error, tmp_path):
-    writer = CheckpointWriter(Flaky(store_at(tmp_path), [error] * 100), patience_s=0.2, first_wait_s=0.05)
+    store = store_at(tmp_path)
+    writer = CheckpointWriter(Flaky(store, [error] * 100), patience_s=0.2, first_wait_s=0.05)
     writer.submit(snapshot_of(3))
-    with pytest.raises(CheckpointError, match=r"step 3 cannot be written: .*(not allowed|No space left).*same command"):
+    with pytest.raises(CheckpointError, match=r"step 3 cannot be written: .*; the run has no complete one; see that"):
         writer.flush()
     with pytest.raises(CheckpointError):
         writer.submit(snapshot_of(4))
     writer.close()
+    store.write(snapshot_of(2))
+    writer = CheckpointWriter(Flaky(store, [error] * 100), patience_s=0.0)
+    writer.submit(snapshot_of(3))
+    with pytest.raises(CheckpointError, match=r"the newest complete checkpoint is that of step 2; .*same command"):
+        writer.flush()
+    writer.close()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_reported_at_once_and_stops_the_run_only_at_its_end(tmp_path, caplog):
+    store = store_at(tmp_path)
+    store.write(snapshot_of(1))
+    flaky = Flaky(store, [FULL] * 100)
+    writer = CheckpointWriter(flaky, patience_s=0.0, first_wait_s=0.01)
+    for step in (2, 3):
+        writer.submit(snapshot_of(step))
+        tried = len(flaky.asked)
+        while len(flaky.asked) < tried + 3:  # beyond the patience, which is for other faults
+            time.sleep(0.005)
+    assert "No space left on device" in caplog.text and "MiB free, the checkpoint needs" in caplog.text
+    assert "a crash loses all after step 1" in caplog.text
+    with pytest.raises(
+        CheckpointError, match=r"step 3 cannot be written: No space .* of step 1; free space there, then"
+    ):
+        writer.flush()
+    writer.close()
+
+
+def test_a_disk_that_is_full_at_the_end_is_not_waited_for(tmp_path):
+    flaky = Flaky(store_at(tmp_path), [FULL] * 100)
+    writer = CheckpointWriter(flaky, first_wait_s=1000.0)
+    writer.submit(snapshot_of(1))
+    while not flaky.asked:
+        time.sleep(0.005)
+    with pytest.raises(CheckpointError, match="No space left"):  # waits for nothing, or the test's time limit ends it
+        writer.flush()
+    writer.close()
+
+
+def test_room_that_is_freed_before_the_end_is_used(tmp_path):
+    flaky = Flaky(store_at(tmp_path), [FULL])
+    writer = CheckpointWriter(flaky, first_wait_s=1000.0)
+    writer.submit(snapshot_of(1))
+    while not flaky.asked:
+        time.sleep(0.005)
+    writer.flush()
+    assert flaky.asked == [1, 1] and store_at(tmp_path).steps() == [1]
+    writer.close()
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p), lambda p: torch.optim.SGD(p, momentum=0.9, lr=0.1)])
+def test_the_size_of_a_checkpoint_is_known_before_the_first_step(make):
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
+    optimizer = make(model.parameters())
+    before = checkpoint_bytes(model, optimizer)
+    model(torch.rand(8, 64)).sum().backward()
+    optimizer.step()
+    meta = CheckpointMeta(step=1, config_sha256="", manifest_sha256="")
+    snapshot = take_snapshot(model=model, optimizer=optimizer, window={}, config_yaml="", meta=meta)
+    state = num_bytes([snapshot.state["model"], snapshot.state["optimizer"]])
+    assert checkpoint_bytes(model, optimizer) == state
+    assert abs(before - state) <= 4 * 4  # AdamW counts its steps, a number a parameter
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_with_both_figures(tmp_path, monkeypatch, caplog):
+    store = store_at(tmp_path / "not" / "there" / "yet")
+    store.check_space(1 << 10)
+    assert not caplog.text
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, free=90 << 20))
+    with pytest.raises(
+        ConfigError, match=r"yet: the disk has 90 MiB free, a checkpoint of this run needs 140 MiB; free"
+    ):
+        store.check_space(140 << 20)
+    store.check_space(80 << 20)
+    assert "will need about 240 MiB" in caplog.text  # two that stay, and the one that is written
+
+
+def test_a_disk_that_fills_up_while_a_file_is_synced_leaves_no_part_of_it(tmp_path, monkeypatch):
+    store = store_at(tmp_path)
+    store.write(snapshot_of(1))
+
+    def full(descriptor: int) -> None:
+        raise FULL
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.write(snapshot_of(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("damage", ["", '{"step": 1,', "[]"])
+def test_a_damaged_best_checkpoint_counts_as_none(damage, tmp_path):
+    store = store_at(tmp_path, best_metric="eval/sga")
+    store.write(snapshot_of(1, **{"eval/sga": 0.5}))
+    (tmp_path / "best" / "step_00000001" / "meta.json").write_text(damage)
+    assert store.best() is None
+    store.write(snapshot_of(2, **{"eval/sga": 0.2}))
+    assert store.best() == (2, f"{store.folder}/best/step_00000002")
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["step_00000002"]
+
+
+def test_a_snapshot_does_not_wait_for_the_device():
+    """On the fake accelerator of `tests.workloads.copies`, which counts each copy or read that would block the step."""
+    copies = pytest.importorskip("tests.workloads.copies")
+    model = copies.module_on_device(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = copies.on_device(torch.ones(parameter.shape))
+    meta = CheckpointMeta(step=1, config_sha256="", manifest_sha256="")
+    with copies.FakeDevice() as device:
+        snapshot = take_snapshot(
+            model=model,
+            optimizer=optimizer,
+            window={"train/loss": copies.on_device(torch.tensor(2.0))},
+            config_yaml="",
+            meta=meta,
+        )
+    assert not device.waits
+    assert float(snapshot.state["window"]["train/loss"]) == 2.0
+    assert torch.equal(snapshot.state["model"]["0.weight"], copies.on_host(model[0].weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_snapshot_from_a_gpu_is_one_asynchronous_copy():
+    model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(20)]).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.rand(8, 512, device="cuda")).sum().backward()
+    optimizer.step()
+    meta = CheckpointMeta(step=1, config_sha256="", manifest_sha256="")
+    expected = {name: value.cpu() for name, value in model.state_dict().items()}
+    busy = torch.rand(4096, 4096, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            busy = busy @ busy
+        snapshot = take_snapshot(model=model, optimizer=optimizer, window={}, config_yaml="", meta=meta)
+        running = not all(event.query() for event in snapshot.copied)
+        with torch.no_grad():
+            torch._foreach_zero_(list(model.parameters()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert running  # the step did not wait for the copies, nor for the work before them
+    snapshot.wait()
+    assert all(torch.equal(snapshot.state["model"][name], value) for name, value in expected.items())
+    assert snapshot.state["model"]["0.weight"].is_pinned()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
