@@ -19,7 +19,7 @@ from orchestrator.ray_support.spare_processes import order_later
 from orchestrator.training.progress import ProgressPublisher
 from orchestrator.training.reports import Report, ReportSender
 from workloads.parallel.runtime import Request, agreed, averaging_gradients, read_newest_everywhere
-from workloads.storage.checkpoint import CheckpointMeta, Restored, Snapshot
+from workloads.storage.checkpoint import Restored, Snapshot
 from workloads.storage.checkpoint_store import CheckpointStore
 from workloads.storage.checkpoint_writer import CheckpointWriter
 from workloads.storage.filesystems import resolve_uri, with_retries
@@ -128,10 +128,8 @@ class RayRuntime:
         """Hand rank 0's snapshot to the thread that writes it to the run's storage."""
         self._sender.raise_failure()
         if self._writer is None:
-            writes = _WarningWrites(
-                self._checkpoints, self._progress, patience_s=self._job.patience_s, newest=self._restored_step
-            )
-            self._writer = CheckpointWriter(writes, patience_s=self._job.patience_s)
+            warn = self._progress.warn if self._progress is not None else None
+            self._writer = CheckpointWriter(self._checkpoints, patience_s=self._job.patience_s, warn=warn)
         self._writer.submit(replace(snapshot, state={**snapshot.state, "reports": self._sender.unconfirmed.lines()}))
 
     def flush(self) -> None:
@@ -202,33 +200,6 @@ class RayRuntime:
 
         with_retries(copy)
         return place
-
-
-class _WarningWrites:
-    """A checkpoint store that shows the user each failed write at once, while training goes on."""
-
-    def __init__(
-        self, store: CheckpointStore, progress: ProgressPublisher | None, *, patience_s: float, newest: int | None
-    ) -> None:
-        self._store, self._progress, self._patience_s = store, progress, patience_s
-        self._newest = newest
-
-    def write(self, snapshot: Snapshot) -> CheckpointMeta:
-        """Write it, or say what is at risk."""
-        try:
-            meta = self._store.write(snapshot)
-        except OSError as error:
-            lost = "all steps so far" if self._newest is None else f"the steps after {self._newest}"
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            if self._progress is not None:
-                self._progress.warn(
-                    f"the checkpoint of step {snapshot.meta.step} could not be written ({reason}); training goes on and "
-                    f"tries again for up to {self._patience_s:g} s (failure.patience_s). If the run ends before, {lost} are "
-                    "lost: make room at storage.path"
-                )
-            raise
-        self._newest = meta.step
-        return meta
 
 
 def train_worker(config: Mapping[str, WorkerJob]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from workloads.storage.checkpoint import CheckpointError, CheckpointMeta, Snapshot, first_line, log
@@ -41,10 +41,18 @@ class CheckpointWriter:
 
     Args:
         patience_s: how long writing may fail, other than by a full disk, before the run is stopped.
+        warn: shows a line to the user, called for each failed write; None: the log alone.
     """
 
-    def __init__(self, store: Writes, *, patience_s: float = 300.0, first_wait_s: float = 0.5) -> None:
-        self._store, self._patience_s, self._first_wait_s = store, patience_s, first_wait_s
+    def __init__(
+        self,
+        store: Writes,
+        *,
+        patience_s: float = 300.0,
+        first_wait_s: float = 0.5,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self._store, self._patience_s, self._first_wait_s, self._warn = store, patience_s, first_wait_s, warn
         self._waiting: Snapshot | None = None
         self._busy = self._closing = False
         self._flushing = 0
@@ -126,15 +134,21 @@ class CheckpointWriter:
                 why = self._full_disk(snapshot) if full else first_line(error)
                 if is_final(error) or out_of_patience:
                     return self._error(snapshot, why, full)
-                log.warning(
-                    "checkpoint of step %d: not written yet (%s); training goes on and the write is tried again; until then "
-                    "a crash loses all after step %d",
-                    snapshot.meta.step,
-                    why,
-                    self._newest_step(full) or 0,
-                )
+                self._report(snapshot, why, full)
             self._pause(wait_s, until_the_end=full)
         raise AssertionError("unreachable")
+
+    def _report(self, snapshot: Snapshot, why: str, full: bool) -> None:
+        newest = self._newest_step(full)
+        lost = "all steps so far" if newest is None else f"all steps after {newest}"
+        until = "until its end; free space there" if full else f"for up to {self._patience_s:g} s"
+        line = (
+            f"checkpoint of step {snapshot.meta.step}: not written yet ({why}); training goes on and the write is tried "
+            f"again {until}; a crash before that loses {lost}"
+        )
+        log.warning("%s", line)
+        if self._warn is not None:
+            self._warn(line)
 
     def _pause(self, wait_s: float, *, until_the_end: bool) -> None:
         """Wait; with `until_the_end` no longer than until the run ends, because a full disk is tried once more then."""

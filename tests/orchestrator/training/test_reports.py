@@ -1,6 +1,5 @@
 """Reports that may be lost with a worker's node come again with the checkpoint that is newer than they are."""
 
-import errno
 import threading
 from pathlib import Path
 from typing import Any
@@ -113,23 +112,3 @@ def test_folders_that_wait_behind_a_report_that_failed_are_removed(
 def test_a_report_survives_its_flat_form() -> None:
     report = Report(step=3, time_ms=7, metrics={"eval/sga": 0.5}, node={"address": "10.0.0.1"}, artifacts="artifacts/x")
     assert Report.from_line(report.to_line()) == report
-
-
-def test_a_checkpoint_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Full:
-        def write(self, snapshot: Snapshot) -> CheckpointMeta:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    class Publisher:
-        warn = staticmethod(said.append)
-
-    store: Any = Full()
-    publisher: Any = Publisher()
-    writes = ray_runtime._WarningWrites(store, publisher, patience_s=60.0, newest=40)
-    snapshot = Snapshot(meta=CheckpointMeta(step=50, config_sha256="c", manifest_sha256="m"), config_yaml="", state={})
-    with pytest.raises(OSError):
-        writes.write(snapshot)
-    assert len(said) == 1 and "checkpoint of step 50" in said[0] and "No space left on device" in said[0]
-    assert "the steps after 40 are lost" in said[0] and "failure.patience_s" in said[0]
