@@ -1,4 +1,4 @@
-"""Runs of several objectives side by side: a table, loss and nearest neighbours over computing, and who gets where with how little.
+"""Compares pretraining runs of several objectives (`compare`): a table (`table`) and a figure (`draw`), first run as baseline.
 
 Only runs that were measured by the same protocol on the same images are compared; all differences are paired on those images.
 """
@@ -16,38 +16,41 @@ from torch.utils.flop_counter import FlopCounterMode
 from workloads.config import build, config_hash, read_yaml
 from workloads.errors import ConfigError
 from workloads.metrics.representation import paired_gain
+from workloads.reports.comparison import RunCurves, draw_comparison
 from workloads.spec.factory import build_objective, render_views
 from workloads.spec.pretrain import PretrainConfig
 from workloads.types import ImageBatch
 
-_PROBED = 2  # images of the step whose operations are counted
+_COUNTED = 2  # images of the step whose operations are counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One run as its folder has it."""
+    """Config, curves and hits of one run."""
 
     name: str
     settings: PretrainConfig
     curves: Mapping[str, list[tuple[int, float]]]  # metric → (step, value)
-    hits: Mapping[int, Mapping[str, np.ndarray]]  # step → columns of the frozen-feature probe
+    hits: Mapping[int, Mapping[str, np.ndarray]]  # step → columns of the representation evaluation
 
     def last(self, metric: str) -> float | None:
-        """The newest value, or None."""
+        """The last recorded value of `metric`, or None."""
         return self.curves[metric][-1][1] if metric in self.curves else None
 
 
 def read_run(folder: Path) -> RunRecord:
-    """A run of `python -m workloads train`, from its output folder.
+    """Read a run of `python -m workloads train` from its output folder.
 
     Raises:
-        ConfigError: the folder holds no such run.
+        ConfigError: the folder holds no finished run.
     """
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         config = next(iter(sorted((folder / "checkpoints").glob("step_*/config.yaml"))))
     except (OSError, StopIteration):
-        raise ConfigError(f"{folder}: holds no finished run (metrics.jsonl and checkpoints)") from None
+        raise ConfigError(
+            f"{folder}: holds no finished run (no metrics.jsonl or no checkpoint); give the output folder of `train`"
+        ) from None
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in map(json.loads, lines):
         for metric, value in record.items():
@@ -59,53 +62,57 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_hits(files: Iterable[Path]) -> dict[int, dict[str, np.ndarray]]:
-    """The frozen-feature probe's tables, by step."""
-    found = {}
+    """Step → columns of the tables that representation evaluations wrote as artifacts."""
+    tables = {}
     for file in files:
         with np.load(file, allow_pickle=False) as table:
-            found[int(file.stem.rpartition("_")[2])] = {name: table[name] for name in table.files}
-    return found
+            tables[int(file.stem.rpartition("_")[2])] = {name: table[name] for name in table.files}
+    return tables
 
 
 def flops_per_image(settings: PretrainConfig) -> float:
-    """Floating-point operations of one image's forward and backward passes, multiplications and additions counted apart."""
+    """Floating-point operations of one image's forward and backward pass; a multiply-add counts as two."""
     objective = build_objective(settings).train()
     size = settings.data.decode_size or 256
     batch = ImageBatch.of(
-        torch.randint(0, 256, (_PROBED, 3, size, size), dtype=torch.uint8),
-        regions=torch.ones((_PROBED, size, size), dtype=torch.int32),
+        torch.randint(0, 256, (_COUNTED, 3, size, size), dtype=torch.uint8),
+        regions=torch.ones((_COUNTED, size, size), dtype=torch.int32),
         num_regions=1,
     )
     views = render_views(batch, settings)
     with FlopCounterMode(display=False) as counter:
         objective(views).loss.backward()
-    return counter.get_total_flops() / _PROBED
+    return counter.get_total_flops() / _COUNTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedRun:
-    """A run's row."""
+    """One run's row of the comparison."""
 
     record: RunRecord
     flops_per_image: float
-    gains: Mapping[
-        str, tuple[float, float, float]
-    ]  # knn, linear → less the run's own untrained trunk, with 95 % interval
-    computing_to_baseline: float | None  # share of the baseline's computing at which its final kNN is reached
+    gains: Mapping[str, tuple[float, float, float]]
+    """knn, linear → difference to the run's own untrained trunk, and its 95 % interval."""
+    computing_to_baseline: float | None
+    """FLOPs at which the baseline's final kNN accuracy is reached, as a share of the baseline's; None: not reached."""
 
 
 def compare(records: list[RunRecord]) -> list[ComparedRun]:
-    """The first run is the baseline.
+    """Compare runs; the first one is the baseline.
 
     Raises:
-        ConfigError: a run was not measured, or not by the first one's protocol.
+        ConfigError: a run has no representation evaluation, or one of another protocol than the first run.
     """
     protocols = {record.name: record.settings.evaluation.representation for record in records}
     for name, protocol in protocols.items():
         if protocol is None or not records[0].hits:
-            raise ConfigError(f"{name}: was run without evaluation.representation, so there is nothing to compare")
+            raise ConfigError(
+                f"{name}: trained without evaluation.representation, so there is nothing to compare; train it again with it"
+            )
         if config_hash(protocol) != config_hash(protocols[records[0].name]):
-            raise ConfigError(f"{name}: was measured by another protocol than {records[0].name}; evaluate it again")
+            raise ConfigError(
+                f"{name}: measured by another protocol than {records[0].name}; train it again with the same evaluation.representation"
+            )
     costs = [flops_per_image(record.settings) for record in records]
     goal = records[0].curves["eval/knn"][-1]
     spent = _computing(records[0], goal[0], costs[0])
@@ -128,7 +135,7 @@ def _computing(record: RunRecord, step: float, cost: float) -> float:
 
 
 def _reaches(record: RunRecord, goal: float) -> float | None:
-    """The step at which the kNN curve first comes to `goal`, between evaluations by straight lines."""
+    """The step at which the kNN curve first reaches `goal`, interpolated linearly between evaluations."""
     curve = record.curves["eval/knn"]
     for (before, low), (after, high) in itertools.pairwise(curve):
         if high >= goal:
@@ -151,31 +158,34 @@ def _gains(record: RunRecord) -> dict[str, tuple[float, float, float]]:
 def table(rows: list[ComparedRun]) -> str:
     """The comparison as Markdown; shares in per cent, 95 % intervals over images in brackets."""
     first = rows[0].record
-    test_images = int(first.last("eval/knn_images") or 0)
+    chance, thumbnails = (100 * (first.last(f"eval/{name}") or 0) for name in ("knn_chance", "knn_pixel"))
+    header = (
+        *("run", "images trained on", "GFLOPs an image", "images/s", "loss"),
+        *("kNN", "over untrained, paired", "linear", "over untrained, paired", f"computing to {first.name}'s kNN"),
+    )
     lines = [
-        f"kNN and linear probe: mean over classes, {test_images} images; chance {100 * (first.last('eval/knn_chance') or 0):.1f} %, "
-        f"thumbnails without any network {100 * (first.last('eval/knn_pixel') or 0):.1f} %.",
+        f"kNN and linear probe: mean over classes, {int(first.last('eval/knn_images') or 0)} images; chance {chance:.1f} %, "
+        f"thumbnails without any network {thumbnails:.1f} %.",
         "",
-        "| run | images trained on | GFLOPs an image | images/s | loss | kNN | over untrained, paired | linear | over untrained, paired "
-        f"| computing to {first.name}'s kNN |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *map(_cells, rows))),
     ]
-    for row in rows:
-        record = row.record
-        steps = record.settings.steps
-        speed = np.median([value for _, value in record.curves["train/images_per_s"]])
-        reached = "not reached" if row.computing_to_baseline is None else f"{row.computing_to_baseline:.2f} ×"
-        cells = [
-            record.name,
-            f"{steps * record.settings.global_batch_size:,} in {steps} steps",
-            f"{row.flops_per_image / 1e9:.2f}",
-            f"{speed:.1f}",
-            f"{record.curves['train/loss'][0][1]:.2f} → {record.last('train/loss'):.2f}",
-            *(shown for name in ("knn", "linear") for shown in (_with_interval(record, name), _gain(row, name))),
-            reached,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: ComparedRun) -> tuple[str, ...]:
+    record = row.record
+    steps, losses = record.settings.steps, record.curves["train/loss"]
+    speed = np.median([value for _, value in record.curves["train/images_per_s"]])
+    reached = "not reached" if row.computing_to_baseline is None else f"{row.computing_to_baseline:.2f} ×"
+    return (
+        record.name,
+        f"{steps * record.settings.global_batch_size:,} in {steps} steps",
+        f"{row.flops_per_image / 1e9:.2f}",
+        f"{speed:.1f}",
+        f"{losses[0][1]:.2f} → {losses[-1][1]:.2f}",
+        *(shown for name in ("knn", "linear") for shown in (_with_interval(record, name), _gain(row, name))),
+        reached,
+    )
 
 
 def _with_interval(record: RunRecord, name: str) -> str:
@@ -194,43 +204,24 @@ def _gain(row: ComparedRun, name: str) -> str:
 
 
 def draw(rows: list[ComparedRun], target: Path) -> None:
-    """Write a PNG: each run's loss over images, and nearest neighbours over computing."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, row in enumerate(rows):
-        record, colour = row.record, f"C{number}"
-        batch = record.settings.global_batch_size
-        steps, losses = zip(*record.curves["train/loss"], strict=True)
-        left.plot([step * batch for step in steps], np.array(losses) / losses[0], color=colour, label=record.name)
-        points = record.curves["eval/knn"]
-        low, high = (dict(record.curves[f"eval/knn_{end}"]) for end in ("low", "high"))
-        x = [_computing(record, step, row.flops_per_image) / 1e12 for step, _ in points]
-        y = [100 * value for _, value in points]
-        right.plot(x, y, marker="o", markersize=4, color=colour, label=record.name)
-        right.fill_between(
-            x,
-            [100 * low[step] for step, _ in points],
-            [100 * high[step] for step, _ in points],
-            color=colour,
-            alpha=0.1,
-        )
+    """Write a PNG: each run's loss over images, and its kNN accuracy over computing."""
     first = rows[0].record
-    for key, name in (("eval/knn_pixel", "thumbnails, no network"), ("eval/knn_chance", "chance")):
-        right.axhline(100 * (first.last(key) or 0), color="0.5", linestyle=":" if "chance" in key else "--", label=name)
-    left.set(
-        xlabel="images",
-        ylabel="loss, as a share of its first",
-        title="Training loss (of different losses: shapes only)",
+    baselines = {
+        name: first.last(key) or 0.0
+        for name, key in (("thumbnails, no network", "eval/knn_pixel"), ("chance", "eval/knn_chance"))
+    }
+    draw_comparison([_curves(row) for row in rows], baselines, target)
+
+
+def _curves(row: ComparedRun) -> RunCurves:
+    record = row.record
+    losses = record.curves["train/loss"]
+    low, high = (dict(record.curves[f"eval/knn_{end}"]) for end in ("low", "high"))
+    return RunCurves(
+        name=record.name,
+        loss=[(step * record.settings.global_batch_size, loss / losses[0][1]) for step, loss in losses],
+        accuracy=[
+            (_computing(record, step, row.flops_per_image), value, low[step], high[step])
+            for step, value in record.curves["eval/knn"]
+        ],
     )
-    right.set(
-        xlabel="TFLOPs spent on training",
-        ylabel="nearest neighbours, mean over classes, %",
-        title="What frozen features know (bands: 95 %)",
-    )
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130)

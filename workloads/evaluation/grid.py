@@ -1,10 +1,8 @@
-"""Evaluation by the frozen protocols, exact over any number of ranks: grid accuracy, and what frozen features know."""
+"""Evaluates a model by grid accuracy on a held-out dataset (`GridEvaluation`): the same figures on any number of ranks."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,26 +10,22 @@ import torch
 from workloads.config import config_hash, to_dict
 from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
-from workloads.data.store.manifest import Dataset, open_dataset
-from workloads.errors import ConfigError
-from workloads.evaluation.representation import RepresentationEvaluation
+from workloads.data.store.manifest import Dataset
+from workloads.evaluation.artifacts import artifact_folder, write_report
 from workloads.metrics import grid_accuracy
 from workloads.metrics.grid_accuracy import SUITES, GridModel
-from workloads.objectives.anchor_ntxent import AnchorNTXentConfig
 from workloads.parallel.distributed import gather_rows
-from workloads.parallel.runtime import Runtime, new_folder
+from workloads.parallel.runtime import Runtime
 from workloads.reports.heatmaps import draw_heatmaps
 from workloads.spec.factory import build_objective
-from workloads.spec.loading import load_model
 from workloads.spec.pretrain import EvaluationConfig, PretrainConfig
-from workloads.storage.checkpoint import read_meta
 from workloads.types import ImageBatch
 
 _INITIAL_NETWORKS = 2  # untrained networks in `riga_initial`, which is kept for comparison with older figures only
 
 
 class GridEvaluation:
-    """SGA, RIGA and GAP-R of a model on one dataset, reported through the runtime by every rank alike."""
+    """Measures SGA, RIGA and GAP-R of a model on one dataset, and reports them; every rank runs it."""
 
     def __init__(self, run: PretrainConfig, evaluation: EvaluationConfig, dataset: Dataset, runtime: Runtime) -> None:
         self.run_settings, self.settings, self.dataset, self.runtime = run, evaluation, dataset, runtime
@@ -40,7 +34,7 @@ class GridEvaluation:
         """Measure `model` and report its figures at `step`, with tables and heatmaps as artifacts.
 
         Args:
-            final: whether RIGA, and so GAP-R, are measured too; they cost as much again for each untrained network.
+            final: measure RIGA and GAP-R too, which costs the same again for each untrained network.
         """
         protocol = self.settings.protocol
         model.eval()
@@ -49,10 +43,10 @@ class GridEvaluation:
         mine = grid_accuracy.measure(model, untrained, lambda: self._batches(), protocol, initial=initial)  # type: ignore[arg-type]
         tables = grid_accuracy.merge([_gathered(mine)])
         figures = grid_accuracy.summarize(tables, protocol)
-        folder = None
+        folder: Path | None = None
         if self.runtime.rank == 0:
-            folder = new_folder()
-            self._write_artifacts(folder, model, tables, figures, step)  # type: ignore[arg-type]
+            with artifact_folder() as folder:
+                self._write_artifacts(folder, model, tables, figures, step)  # type: ignore[arg-type]
         self.runtime.report(grid_accuracy.headline_figures(figures), step=step, artifacts=folder)
         return figures
 
@@ -101,19 +95,15 @@ class GridEvaluation:
         figures: dict[str, float],
         step: int,
     ) -> None:
-        report = folder / "report"
-        report.mkdir(parents=True)
         protocol = self.settings.protocol
         record = {
-            "step": step,
             "figures": figures,
             "protocol": to_dict(protocol),
             "protocol_sha256": config_hash(protocol),
             "dataset_manifest_sha256": self.dataset.manifest.sha256,
         }
-        (report / f"grid_accuracy_step_{step:07d}.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         arrays = {f"{suite}/{name}": column for suite, table in tables.items() for name, column in table.items()}
-        np.savez_compressed(report / f"grid_accuracy_step_{step:07d}.npz", **arrays)  # type: ignore[arg-type]
+        write_report(folder, "grid_accuracy", step, record, arrays)
         if self.settings.heatmaps == 0:
             return
         batch = self._first_images(self.settings.heatmaps)
@@ -144,67 +134,3 @@ def _gathered(tables: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, n
         suite: {name: gather_rows(torch.from_numpy(column)).numpy() for name, column in table.items()}
         for suite, table in tables.items()
     }
-
-
-Evaluation: TypeAlias = GridEvaluation | RepresentationEvaluation
-
-
-def evaluations_of(run: PretrainConfig, runtime: Runtime) -> list[Evaluation]:
-    """What `run` asks to be measured.
-
-    Raises:
-        ConfigError: nothing can be told apart there.
-        DataError: no dataset there.
-    """
-    wanted, found = run.evaluation, list[Evaluation]()
-    if wanted.uri is not None:
-        found.append(GridEvaluation(run, wanted, open_dataset(wanted.uri), runtime))
-    if wanted.representation is not None:
-        found.append(RepresentationEvaluation(wanted, wanted.representation, runtime))
-    return found
-
-
-def evaluate(
-    checkpoint: Path,
-    *,
-    config: EvaluationConfig,
-    runtime: Runtime,
-) -> dict[str, float]:
-    """Measure a checkpoint by all that `config` asks for, RIGA, GAP-R and the linear probe included, and report it at its step.
-
-    Raises:
-        CheckpointError: no checkpoint, or a damaged one.
-        ConfigError: its objective has no pyramid to measure, or nothing is asked for.
-        DataError: no dataset there.
-    """
-    model, trained = load_model(checkpoint, device=runtime.device)
-    run = replace(trained, evaluation=config)
-    check_measurable(run)
-    evaluations = evaluations_of(run, runtime)
-    if not evaluations:
-        raise ConfigError("evaluation.uri: name a dataset to evaluate on, or evaluation.representation.train_uri")
-    step = read_meta(str(checkpoint)).step
-    figures: dict[str, float] = {}
-    for evaluation in evaluations:
-        figures |= evaluation.run(model, step=step, final=True)
-    return figures
-
-
-def check_measurable(run: PretrainConfig) -> None:
-    """See that grid accuracy is asked only of what has a pyramid, and of levels that it trains.
-
-    Raises:
-        ConfigError: names the key and what to do.
-    """
-    if run.evaluation.uri is None:
-        return
-    if not isinstance(run.objective, AnchorNTXentConfig):
-        raise ConfigError(
-            f"evaluation.uri: {run.objective.kind} trains no pyramid, so there is no SGA; leave it out, and train a pyramid "
-            "on the frozen trunk afterwards (experiment grid_probe)"
-        )
-    missing = set(run.evaluation.protocol.levels) - set(run.objective.levels)
-    if missing:
-        raise ConfigError(
-            f"evaluation.protocol.levels: {', '.join(sorted(missing))} is not trained; add it to objective.levels"
-        )

@@ -11,11 +11,12 @@ from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.views.counter_random import text_keys
 from workloads.errors import ConfigError
+from workloads.evaluation.artifacts import artifact_folder, write_report
 from workloads.metrics import representation
 from workloads.metrics.representation import Features, RepresentationConfig, Split
 from workloads.models.backbone import imagenet_normalized
 from workloads.parallel.distributed import gather_rows
-from workloads.parallel.runtime import Runtime, new_folder
+from workloads.parallel.runtime import Runtime
 from workloads.spec.pretrain import EvaluationConfig
 
 
@@ -60,14 +61,13 @@ class RepresentationEvaluation:
         trunk: Any = model.trunk
         train, train_labels = self._features(trunk, self._train, self.split.train)
         test, test_labels = self._features(trunk, self._test, self.split.test)
-        figures: dict[str, float] = {}
-        folder = None
-        if self.runtime.rank == 0:
-            linear = (final or step == 0) and self.settings.linear
-            figures, hits = representation.measure(train, train_labels, test, test_labels, self.settings, linear=linear)
-            folder = new_folder()
-            (folder / "report").mkdir(parents=True)
-            np.savez_compressed(folder / "report" / f"representation_step_{step:07d}.npz", **hits)  # type: ignore[arg-type]
+        if self.runtime.rank != 0:
+            self.runtime.report({}, step=step)
+            return {}
+        linear = (final or step == 0) and self.settings.linear
+        figures, hits = representation.measure(train, train_labels, test, test_labels, self.settings, linear=linear)
+        with artifact_folder() as folder:
+            write_report(folder, "representation", step, columns=hits)
         self.runtime.report(figures, step=step, artifacts=folder)
         return figures
 
@@ -103,4 +103,4 @@ def _in_order(wanted: dict[str, int]) -> dict[int, int]:
 
 
 def _labels(dataset: Dataset) -> dict[str, str | None]:
-    return {image: found.label for image, found in read_annotations(dataset).items()}
+    return {image: annotations.label for image, annotations in read_annotations(dataset).items()}

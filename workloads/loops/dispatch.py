@@ -6,7 +6,7 @@ from typing import Any
 
 from workloads.config import apply_overrides, build, read_yaml
 from workloads.errors import ConfigError
-from workloads.evaluation.grid import evaluate
+from workloads.evaluation.pretraining import evaluate
 from workloads.loops.finetune import FinetuneConfig, evaluate_detector, finetune
 from workloads.loops.finetune import preflight as finetune_preflight
 from workloads.loops.pretrain import preflight as pretrain_preflight

@@ -10,7 +10,7 @@ from workloads.data.loading.upload import Upload
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.row_groups import check_regions
 from workloads.errors import ConfigError
-from workloads.evaluation.grid import check_measurable, evaluations_of
+from workloads.evaluation.pretraining import check_measurable, evaluations_of
 from workloads.evaluation.representation import RepresentationEvaluation
 from workloads.loops.steps import Preflight, Training, run_steps
 from workloads.objectives.detco import DetCoConfig

@@ -1,1 +1,1 @@
-"""What a model is measured by."""
+"""Metrics: grid accuracy, representation, one-shot detection and retrieval, average precision, CorLoc, and bootstrap intervals."""

@@ -18,6 +18,7 @@ from torchvision.ops import box_iou
 from workloads.config import config
 from workloads.data.store.annotations import Annotations
 from workloads.metrics.bootstrap import interval
+from workloads.metrics.figures import with_interval
 
 
 @config
@@ -98,11 +99,8 @@ def corloc_figures(hits: Hits, settings: CorLocConfig | None = None) -> dict[str
     n = len(hits.hit)
     if not n:
         return {"images": 0.0, "images_without_objects": float(hits.without_objects)}
-    low, high = _interval(hits.hit, settings)
     return {
-        "corloc": float(hits.hit.mean()),
-        "corloc_low": low,
-        "corloc_high": high,
+        **with_interval("corloc", float(hits.hit.mean()), _interval(hits.hit, settings)),
         "mean_iou": float(hits.best_iou.mean()),
         "images": float(n),
         "images_without_objects": float(hits.without_objects),

@@ -15,7 +15,7 @@ is kept as `riga_initial`. The protocol is frozen: nothing here depends on how a
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -86,8 +86,9 @@ class GridAccuracyConfig:
         )
 
 
+@runtime_checkable
 class GridModel(Protocol):
-    """What the metric asks of a model: dense embeddings of an image, one embedding of a crop, comparable by cosine."""
+    """A model with dense embeddings of an image and one embedding of a crop, which are compared by cosine."""
 
     def embed_grid(self, images: Tensor) -> FeaturePyramid: ...
 

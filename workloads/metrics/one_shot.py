@@ -1,9 +1,9 @@
-"""One-shot detection: the crop of one object is the query, another image that holds its category is where it is looked for.
+"""Measures one-shot detection (`measure`, `summarize`): the crop of one object is searched for in another image of its category.
 
-The similarity of the query with each cell is a map; its peaks become boxes of the query's size. AP50 is each query's own
-(COCO's 101 recalls, greedy matching at IoU ≥ .5 with all objects of the category in the image), averaged over queries; the
-pointing accuracy is the share of queries whose highest cell's centre lies in such an object. Which queries there are depends
-on the dataset and the protocol alone.
+The similarity of the query with each cell is a map; its peaks become boxes of the query's size. AP50 is computed for each query
+(COCO's 101 recalls, greedy matching at IoU ≥ .5 with all objects of the category in the image) and averaged over queries; the
+pointing accuracy is the share of queries whose highest cell's centre lies in such an object. The choice of queries depends on
+the dataset and the protocol alone.
 """
 
 from collections import defaultdict
@@ -24,6 +24,7 @@ from workloads.data.views.cells import cell_centers
 from workloads.data.views.counter_random import stream, text_keys, uniform
 from workloads.data.views.resampling import axis_weights, resample
 from workloads.metrics.bootstrap import interval, ratio
+from workloads.metrics.figures import under, with_interval
 from workloads.metrics.grid_accuracy import MEAN_MAP, GridModel, colour_maps, with_mean_map
 from workloads.models.backbone import Stage, Trunk, imagenet_normalized
 from workloads.types import FeaturePyramid, ImageBatch
@@ -40,21 +41,21 @@ class OneShotConfig:
     crop_size: Annotated[int, Field(ge=16)] = 64
     """Side of the square that the query is stretched to, pixels; taken from the source resolution."""
     grid: Annotated[int, Field(ge=4)] = 32
-    """Cells a side of the map in which peaks are looked for; the levels' maps are resized to it and averaged."""
+    """Cells a side of the map whose peaks are taken; the levels' maps are resized to it and averaged."""
     levels: tuple[str, ...] = ("P3", "P4", "P5")
-    """Levels in the map, of a model that has a pyramid."""
+    """Levels averaged in the map, of a model with a pyramid."""
     stage: Literal["C2", "C3", "C4", "C5"] = "C4"
-    """Stage of the trunk that is compared, of a model that has none."""
+    """Stage of the trunk whose features are compared, of a model without a pyramid."""
     peaks: Annotated[int, Field(ge=1, le=100)] = 10
-    """Boxes of each query."""
+    """Boxes returned for each query."""
     nms_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of two boxes that overlap more (IoU), the higher one stays."""
+    """IoU above which the lower of two boxes is suppressed."""
     least_side: Annotated[int, Field(ge=1)] = 24
-    """Objects narrower or lower than this, pixels of the source, are no queries; they are looked for all the same."""
+    """Smallest side of an object that may be a query, pixels of the source; smaller ones still count as objects to be found."""
     untrained_networks: Annotated[int, Field(ge=0)] = 3
-    """Networks of the same architecture with fresh weights, whose figures are pooled."""
+    """Networks of the same architecture with random weights, whose figures are pooled; 0: none."""
     pixel_windows: Annotated[tuple[int, ...], Field(min_length=1)] = (16, 32, 64)
-    """Windows of the row that learns nothing, pixels of the view; the best one counts."""
+    """Window sides tried by the colour-statistics baseline (`pixel`), pixels of the view; the best one counts."""
     resamples: Annotated[int, Field(ge=1)] = 1000
     """Bootstrap draws of the images."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -63,7 +64,7 @@ class OneShotConfig:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """An object of one image, looked for in another; images by their place in the dataset's order."""
+    """An object of one image, and another image in which it is searched for; images are numbered in the dataset's order."""
 
     image: int
     box_xyxy: tuple[float, float, float, float]  # pixels of the upright source image
@@ -88,7 +89,7 @@ class TrunkMatcher(nn.Module):
 
 
 def choose_queries(objects: Mapping[str, Objects], protocol: OneShotConfig) -> list[Query]:
-    """One query for each category of each image that another image has a large enough object of, in the dataset's order."""
+    """One query for each category of each image, an object of another image, in the dataset's order of target images."""
     pool: defaultdict[str, list[tuple[int, tuple[float, float, float, float]]]] = defaultdict(list)
     for place, item in enumerate(objects.values()):
         sides = item.boxes_xyxy[:, 2:] - item.boxes_xyxy[:, :2]
@@ -102,13 +103,13 @@ def choose_queries(objects: Mapping[str, Objects], protocol: OneShotConfig) -> l
         return []
     keys = text_keys(tuple(f"{names[place]}\0{name}" for place, name in wanted))
     draws = uniform(stream(protocol.seed, "one_shot"), keys, 1)[:, 0].tolist()
-    found = []
+    queries = []
     for (place, name), draw in zip(wanted, draws, strict=True):
         others = [one for one in pool[name] if one[0] != place]
         if others:
             image, box = others[int(draw * len(others))]
-            found.append(Query(image, box, place, name))
-    return found
+            queries.append(Query(image, box, place, name))
+    return queries
 
 
 def _present(item: Objects) -> list[str]:
@@ -117,9 +118,9 @@ def _present(item: Objects) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneShotTable:
-    """What each model scored on each query."""
+    """Scores of each model on each of Q queries."""
 
-    target: np.ndarray  # int64 (Q,): the image's place
+    target: np.ndarray  # int64 (Q,): number of the target image
     ap50: Mapping[str, np.ndarray]  # model → float64 (Q,)
     pointing: Mapping[str, np.ndarray]  # model → float64 (Q,): 0 or 1
 
@@ -150,9 +151,9 @@ def measure(
         truth, asked, size = (t.to(views.device) for t in (truth, asked, size))
         order += rows
         for name, maps in _maps(models, views, here, queried, rows, protocol):
-            boxes, found = boxes_at_peaks(maps, size, protocol)
+            boxes, heights = boxes_at_peaks(maps, size, protocol)
             best = cell_centers((protocol.grid,) * 2, (protocol.view_size,) * 2, maps.device)[maps.flatten(1).argmax(1)]
-            scores[name].append((average_precision_50(boxes, found, truth, asked), _inside(best, truth, asked)))
+            scores[name].append((average_precision_50(boxes, heights, truth, asked), _inside(best, truth, asked)))
     place = np.argsort(np.array(order, dtype=np.int64), kind="stable")
 
     def column(name: str, which: int) -> np.ndarray:
@@ -208,7 +209,7 @@ def _by_image(
 
 @dataclass(slots=True)
 class QueryEmbeddings:
-    """What is known of the queries."""
+    """Embeddings and colour statistics of Q queries."""
 
     embeddings: dict[str, Tensor]  # model → (Q, D), of unit length
     colours: Tensor  # (Q, 6): channel means and mean squares
@@ -326,15 +327,15 @@ def _inside(points: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
 
 
 def _truth(queries: Sequence[Query], rows: Sequence[int], items: Sequence[Objects], side: int) -> tuple[Tensor, Tensor]:
-    """The objects of each query's category in its image: (q, t, 4) in pixels of the view, and which are there (q, t)."""
-    found = []
+    """The objects of each query's category in its target image: (q, t, 4) in pixels of the view, and which rows are objects, (q, t)."""
+    boxes = []
     for number in rows:
         item = items[queries[number].target]
         mine = np.array([name == queries[number].category for name in item.categories]) & item.trained()
         scale = np.array([side / item.size_hw[1], side / item.size_hw[0]] * 2, dtype=np.float32)
-        found.append(torch.from_numpy(item.boxes_xyxy[mine] * scale))
-    lengths = torch.tensor([len(boxes) for boxes in found])
-    truth = nn.utils.rnn.pad_sequence(found, batch_first=True)
+        boxes.append(torch.from_numpy(item.boxes_xyxy[mine] * scale))
+    lengths = torch.tensor([len(one) for one in boxes])
+    truth = nn.utils.rnn.pad_sequence(boxes, batch_first=True)
     return truth, torch.arange(truth.shape[1])[None] < lengths[:, None]
 
 
@@ -348,31 +349,33 @@ def _sizes(queries: Sequence[Query], rows: Sequence[int], items: Sequence[Object
     return torch.tensor(sizes)
 
 
-def summarize(table: OneShotTable, protocol: OneShotConfig, *, model: str = "model") -> dict[str, float]:
-    """Figures under their tracking keys: `eval/one_shot/ap50` and `pointing` of `model` with 95 % intervals over images,
-    those of the untrained networks (pooled), the best `pixel` window and `center`, and the paired gains over each."""
-    images, index = np.unique(table.target, return_inverse=True)
-    count = np.bincount(index, minlength=len(images)).astype(np.float64)
-    figures: dict[str, float] = {"eval/one_shot/queries": float(len(index)), "eval/one_shot/images": float(len(images))}
-
-    def interval_of(values: np.ndarray) -> tuple[float, float]:
-        total = np.bincount(index, weights=values, minlength=len(images))
-        return interval(ratio(total, count), len(images), seed=protocol.seed, resamples=protocol.resamples)
-
+def summarize(table: OneShotTable, protocol: OneShotConfig) -> dict[str, float]:
+    """Figures by tracking key, with 95 % intervals over images: `eval/one_shot/ap50` and `pointing` of `model`; `NAME_ap50` … of
+    the untrained networks (pooled), the best `pixel` window, `center` and, where it was measured, `supervised`; and the paired
+    gains `ap50_over_NAME` … over the first three."""
+    images = np.unique(table.target)
+    figures = {"queries": float(len(table.target)), "images": float(len(images))}
     for what, columns in (("ap50", table.ap50), ("pointing", table.pointing)):
-        if not len(index) or model not in columns:
+        if not len(table.target):
             continue
+        ours = columns["model"]
         pixel = max((name for name in columns if name.startswith("pixel_")), key=lambda name: columns[name].mean())
         untrained = [value for name, value in columns.items() if name.startswith("untrained_")]
-        rows = {"": columns[model], "pixel": columns[pixel], "center": columns["center"]}
-        rows |= {"untrained": np.mean(untrained, axis=0)} if untrained else {}
-        for name, values in rows.items():
-            key = f"eval/one_shot/{what}" if not name else f"eval/one_shot/{name}_{what}"
-            low, high = interval_of(values)
-            figures |= {key: float(values.mean()), f"{key}_low": low, f"{key}_high": high}
-            if name:
-                gain = f"eval/one_shot/{what}_over_{name}"
-                low, high = interval_of(columns[model] - values)
-                mean = float((columns[model] - values).mean())
-                figures |= {gain: mean, f"{gain}_low": low, f"{gain}_high": high}
-    return figures
+        others = {"pixel": columns[pixel], "center": columns["center"]}
+        others |= {"untrained": np.mean(untrained, axis=0)} if untrained else {}
+        figures |= _mean_of(what, ours, table, protocol)
+        for name, values in others.items():
+            figures |= _mean_of(f"{name}_{what}", values, table, protocol)
+            figures |= _mean_of(f"{what}_over_{name}", ours - values, table, protocol)
+        if "supervised" in columns:
+            figures |= _mean_of(f"supervised_{what}", columns["supervised"], table, protocol)
+    return under("eval/one_shot", figures)
+
+
+def _mean_of(name: str, values: np.ndarray, table: OneShotTable, protocol: OneShotConfig) -> dict[str, float]:
+    """The mean of `values`, float64 (Q,), as the figure `name` with its interval over target images."""
+    images, index = np.unique(table.target, return_inverse=True)
+    count = np.bincount(index, minlength=len(images)).astype(np.float64)
+    total = np.bincount(index, weights=values, minlength=len(images))
+    ends = interval(ratio(total, count), len(images), seed=protocol.seed, resamples=protocol.resamples)
+    return with_interval(name, float(values.mean()), ends)

@@ -19,6 +19,7 @@ from workloads.data.views.counter_random import stream, text_keys, uniform
 from workloads.data.views.resampling import axis_weights, resample
 from workloads.errors import ConfigError
 from workloads.metrics.bootstrap import interval, ratio
+from workloads.metrics.figures import with_interval
 from workloads.types import ImageBatch
 
 _PIXEL_SIDE = 16  # of the thumbnails that the `pixel` baseline compares
@@ -259,7 +260,7 @@ def measure(
     *,
     linear: bool,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Figures under their tracking keys, and each test image's hits by method, from which differences are taken.
+    """Figures by tracking key, and each test image's hits by method, for paired differences between runs.
 
     `eval/knn`, `eval/knn_low`, `eval/knn_high` (95 %), `eval/linear` likewise, `eval/knn_pixel` (the `pixel` baseline: thumbnails
     in place of features), `eval/knn_chance`.
@@ -275,6 +276,6 @@ def measure(
     hits = {name: classes == test_labels for name, classes in predicted.items()}
     figures = {"eval/knn_chance": 1.0 / (int(train_labels.max()) + 1), "eval/knn_images": float(len(test_labels))}
     for name, hit in hits.items():
-        value, low, high = accuracy(hit, test_labels, settings)
-        figures |= {f"eval/{name}": value, f"eval/{name}_low": low, f"eval/{name}_high": high}
+        value, *ends = accuracy(hit, test_labels, settings)
+        figures |= with_interval(f"eval/{name}", value, (ends[0], ends[1]))
     return figures, {**hits, "label": test_labels, "image": test.image}

@@ -1,4 +1,4 @@
-"""The regions of a dataset that are most similar to a query: in each image the best box of the query's size, the best images first."""
+"""Retrieves the regions of a dataset that are most similar to a query (`most_similar`): one box an image, the best images first."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from workloads.types import ImageBatch
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A found region; `is_same`: whether its centre lies in an object of the query's category."""
+    """A retrieved region; `is_same`: its centre lies in an object of the query's category."""
 
-    image: int  # place in the dataset's order
+    image: int  # number in the dataset's order
     box_xyxy: tuple[float, float, float, float]  # pixels of the upright source image
     similarity: float
     is_same: bool
 
 
 def gallery_queries(objects: Mapping[str, Objects], protocol: OneShotConfig, count: int) -> list[Query]:
-    """`count` queries of as many categories, those with the most queries first; of each, the largest object."""
+    """The largest object of each of `count` categories, as queries; the categories with the most queries first."""
     by_category: dict[str, list[Query]] = {}
     for query in choose_queries(objects, protocol):
         by_category.setdefault(query.category, []).append(query)
@@ -54,9 +54,9 @@ def most_similar(
     *,
     top: int,
 ) -> list[list[Region]]:
-    """Of each query, the `top` most similar regions, one an image and none of its own image; two passes over the images."""
+    """The `top` most similar regions of each query, one an image and none of its own image; two passes over the images."""
     embeddings = embed_queries({"model": model}, batches, queries, protocol).embeddings["model"]
-    items, found = list(objects.values()), [list[Region]() for _ in queries]
+    items, retrieved = list(objects.values()), [list[Region]() for _ in queries]
     for batch in batches():
         rows = batch.valid.nonzero().flatten()
         places = batch.positions[rows].tolist()
@@ -72,8 +72,8 @@ def most_similar(
         for i, place in enumerate(places):
             for k, query in enumerate(queries):
                 if place != query.image:
-                    found[k].append(_region(place, best[i, k], float(highest[i, k]), items[place], query, protocol))
-    return [sorted(regions, key=lambda region: (-region.similarity, region.image))[:top] for regions in found]
+                    retrieved[k].append(_region(place, best[i, k], float(highest[i, k]), items[place], query, protocol))
+    return [sorted(regions, key=lambda region: (-region.similarity, region.image))[:top] for regions in retrieved]
 
 
 def _size_in(query: Query, item: Objects, protocol: OneShotConfig) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from workloads.config import apply_overrides, build, parse_overrides, to_yaml
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
 from workloads.errors import ConfigError, DataError, RunStoppedError
-from workloads.evaluation.grid import evaluate
+from workloads.evaluation.pretraining import evaluate
 from workloads.loops.meter import NonFiniteLossError
 from workloads.loops.pretrain import preflight, pretrain
 from workloads.parallel.runtime import LocalRuntime

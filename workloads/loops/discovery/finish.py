@@ -23,6 +23,7 @@ from workloads.loops.discovery.job import RECORD, DiscoverConfig, Job, Method
 from workloads.loops.discovery.pictures import draw_pictures
 from workloads.metrics.average_precision import DetectionTable, Truth, average_precision
 from workloads.metrics.corloc import CorLocConfig, Hits, corloc_figures, corloc_gain, corloc_hits
+from workloads.metrics.figures import under, with_interval
 from workloads.metrics.matched_precision import fit_match, matched_precision
 from workloads.storage.filesystems import atomic_write, read_bytes, resolve_uri
 
@@ -167,11 +168,11 @@ def measure(
             continue
         own = corloc_figures(mine, settings.corloc) | agnostic_precision(boxes[method], truth, settings.corloc)
         if method != "centre" and "centre" in hits:
-            gain = corloc_gain(mine, hits["centre"], settings.corloc)
-            own |= dict(zip(("gain_over_centre", "gain_over_centre_low", "gain_over_centre_high"), gain, strict=True))
-        figures |= {f"eval/{method}/{name}": value for name, value in own.items()}
+            gain, low, high = corloc_gain(mine, hits["centre"], settings.corloc)
+            own |= with_interval("gain_over_centre", gain, (low, high))
+        figures |= under(f"eval/{method}", own)
         if method == settings.methods[0]:
-            figures |= {f"eval/{name}": value for name, value in own.items()}
+            figures |= under("eval", own)
     return hits, {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
