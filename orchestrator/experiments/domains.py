@@ -1,7 +1,7 @@
-"""What a sweep varies: domains by dotted key, and the points that are tried.
+"""Defines the domains of a search space (`ChoiceConfig`, `GridConfig`, `UniformConfig`, …), from which points are drawn.
 
-A point is a mapping from dotted keys to values, as on the command line. A key with `when` is part of a point only where
-the other keys, or the experiment's own values, say so::
+A point maps dotted keys to values, as on the command line. A key with `when` is part of a point only if the other keys of the
+point, or the experiment's own values, meet the condition::
 
     optimizer.kind: {kind: choice, values: [adamw, sgd]}
     optimizer.momentum: {kind: uniform, low: 0.8, high: 0.99, when: {optimizer.kind: sgd}}
@@ -23,33 +23,33 @@ Point = dict[str, Any]
 
 @config
 class ChoiceConfig:
-    """One of some values."""
+    """One of several values, each equally likely."""
 
     kind: Literal["choice"] = "choice"
-    """Kind of domain."""
+    """Kind of domain: choice, grid, uniform, loguniform or int."""
     values: Annotated[tuple[Any, ...], Field(min_length=1)]
-    """The values, of any type that the key takes."""
+    """Values, of any type that the key accepts."""
     when: dict[str, Any] = Field(default_factory=dict)
-    """Other keys and the values they must have for this key to be part of a point."""
+    """Condition: other keys, and the values they must have for this key to be part of a point."""
 
     def draw(self, generator: np.random.Generator) -> Any:
-        """A value."""
+        """Draw a value."""
         return self.values[int(generator.integers(len(self.values)))]
 
     def suggest(self, name: str, trial: Any) -> Any:
-        """A value from an Optuna trial."""
+        """Let an Optuna trial suggest a value."""
         return self.decode(trial.suggest_categorical(name, [self.encode(value) for value in self.values]))
 
     def encode(self, value: Any) -> str:
-        """What Optuna is told of a value: JSON, because its categories are scalars."""
+        """A value as a category of Optuna: JSON, because categories are scalars."""
         return json.dumps(value)
 
-    def decode(self, told: str) -> Any:
-        """The value that Optuna was told of."""
-        return json.loads(told)
+    def decode(self, encoded: str) -> Any:
+        """The value of a category."""
+        return json.loads(encoded)
 
     def corners(self) -> tuple[Any, ...]:
-        """Values that must all be valid for the domain to be."""
+        """All values: the experiment must accept each."""
         return self.values
 
     def holds(self, value: Any) -> bool:
@@ -59,46 +59,46 @@ class ChoiceConfig:
 
 @config
 class GridConfig(ChoiceConfig):
-    """Each of some values as often as the others, crossed with the other grids."""
+    """Each of several values equally often, combined with the values of the other grids."""
 
     kind: Literal["grid"] = "grid"  # type: ignore[assignment]
-    """Kind of domain."""
+    """Kind of domain: choice, grid, uniform, loguniform or int."""
 
 
 @config
 class UniformConfig:
-    """Real numbers."""
+    """Real numbers between `low` and `high`, uniformly distributed."""
 
     kind: Literal["uniform"] = "uniform"
-    """Kind of domain."""
+    """Kind of domain: choice, grid, uniform, loguniform or int."""
     low: float
-    """The least."""
+    """Smallest value."""
     high: float
-    """The largest."""
+    """Largest value."""
     when: dict[str, Any] = Field(default_factory=dict)
-    """Other keys and the values they must have for this key to be part of a point."""
+    """Condition: other keys, and the values they must have for this key to be part of a point."""
 
     def __post_init__(self) -> None:
         _check_order(self.low, self.high)
 
     def draw(self, generator: np.random.Generator) -> float:
-        """A value."""
+        """Draw a value."""
         return _rounded(generator.uniform(self.low, self.high), self.low, self.high)
 
     def suggest(self, name: str, trial: Any) -> float:
-        """A value from an Optuna trial."""
+        """Let an Optuna trial suggest a value."""
         return self.decode(trial.suggest_float(name, self.low, self.high))
 
     def encode(self, value: float) -> float:
-        """What Optuna is told of a value."""
+        """A value as Optuna stores it."""
         return value
 
-    def decode(self, told: float) -> float:
-        """The value that is meant by what Optuna suggests."""
-        return _rounded(told, self.low, self.high)
+    def decode(self, encoded: float) -> float:
+        """The value of a suggestion, rounded."""
+        return _rounded(encoded, self.low, self.high)
 
     def corners(self) -> tuple[Any, ...]:
-        """Values that must all be valid for the domain to be."""
+        """The values at the ends; if the experiment accepts these, it accepts all."""
         return (self.low, self.high)
 
     def holds(self, value: Any) -> bool:
@@ -108,39 +108,39 @@ class UniformConfig:
 
 @config
 class LogUniformConfig(UniformConfig):
-    """Positive real numbers, uniform in their logarithm."""
+    """Positive real numbers between `low` and `high`, whose logarithm is uniformly distributed."""
 
     kind: Literal["loguniform"] = "loguniform"  # type: ignore[assignment]
-    """Kind of domain."""
+    """Kind of domain: choice, grid, uniform, loguniform or int."""
 
     def __post_init__(self) -> None:
         _check_order(self.low, self.high)
         if self.low <= 0:
-            raise ConfigError(f"low: a loguniform domain begins above 0, given {self.low}")
+            raise ConfigError(f"low: a loguniform domain must begin above 0, given {self.low}")
 
     def draw(self, generator: np.random.Generator) -> float:
-        """A value."""
+        """Draw a value."""
         return _rounded(math.exp(generator.uniform(math.log(self.low), math.log(self.high))), self.low, self.high)
 
     def suggest(self, name: str, trial: Any) -> float:
-        """A value from an Optuna trial."""
+        """Let an Optuna trial suggest a value."""
         return self.decode(trial.suggest_float(name, self.low, self.high, log=True))
 
 
 @config
 class IntConfig:
-    """Whole numbers, both ends included."""
+    """Whole numbers from `low` to `high`, both included."""
 
     kind: Literal["int"] = "int"
-    """Kind of domain."""
+    """Kind of domain: choice, grid, uniform, loguniform or int."""
     low: int
-    """The least."""
+    """Smallest value."""
     high: int
-    """The largest."""
+    """Largest value."""
     log: bool = False
-    """Uniform in the logarithm."""
+    """Draw uniformly in the logarithm."""
     when: dict[str, Any] = Field(default_factory=dict)
-    """Other keys and the values they must have for this key to be part of a point."""
+    """Condition: other keys, and the values they must have for this key to be part of a point."""
 
     def __post_init__(self) -> None:
         _check_order(self.low, self.high)
@@ -148,26 +148,26 @@ class IntConfig:
             raise ConfigError(f"low: with log it must be above 0, given {self.low}")
 
     def draw(self, generator: np.random.Generator) -> int:
-        """A value."""
+        """Draw a value."""
         if not self.log:
             return int(generator.integers(self.low, self.high + 1))
         exponent = generator.uniform(math.log(self.low - 0.5), math.log(self.high + 0.5))
         return min(self.high, max(self.low, round(math.exp(float(exponent)))))
 
     def suggest(self, name: str, trial: Any) -> int:
-        """A value from an Optuna trial."""
+        """Let an Optuna trial suggest a value."""
         return self.decode(trial.suggest_int(name, self.low, self.high, log=self.log))
 
     def encode(self, value: int) -> int:
-        """What Optuna is told of a value."""
+        """A value as Optuna stores it."""
         return value
 
-    def decode(self, told: int) -> int:
-        """The value that is meant by what Optuna suggests."""
-        return int(told)
+    def decode(self, encoded: int) -> int:
+        """The value of a suggestion."""
+        return int(encoded)
 
     def corners(self) -> tuple[Any, ...]:
-        """Values that must all be valid for the domain to be."""
+        """The values at the ends; if the experiment accepts these, it accepts all."""
         return (self.low, self.high)
 
     def holds(self, value: Any) -> bool:
@@ -186,7 +186,7 @@ def _check_order(low: float, high: float) -> None:
 
 
 def _rounded(value: float, low: float, high: float) -> float:
-    """Four digits, which people can read and type again."""
+    """Round to four digits, short enough to read and to type."""
     return min(high, max(low, float(f"{value:.4g}")))
 
 
@@ -195,16 +195,16 @@ def _is_number(value: Any) -> bool:
 
 
 def take_dotted(arguments: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
-    """Divide `key=value` arguments into those below `prefix`, which is taken off, and the others.
+    """Separate the `key=value` arguments below `prefix`, without the prefix, from the others.
 
-    Below `sweep.space` and `sweep.trial` stand dotted keys, so these arguments cannot be nested like the others.
+    The keys of `sweep.space` and `sweep.trial` are dotted keys themselves, so these arguments cannot be nested like the others.
     """
     ours = [argument for argument in arguments if argument.startswith(f"{prefix}.")]
     return [a.removeprefix(f"{prefix}.") for a in ours], [a for a in arguments if a not in ours]
 
 
 def override_space(space: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Domains as they stand in YAML with overrides: a whole domain, one of its fields, or null, which takes the key out."""
+    """Apply overrides to domains as in YAML: a complete domain, one of its fields, or null, which removes the key."""
     result: dict[str, Any] = {key: dict(domain) for key, domain in space.items()}
     for key, value in overrides.items():
         owner = next((known for known in result if key.startswith(f"{known}.")), None)

@@ -1,4 +1,4 @@
-"""A complete experiment: what `workloads` trains, and where and how it runs."""
+"""The configuration of a run: `TrainExperiment` and `FinetuneExperiment`, which add to a loop's config where and how it runs."""
 
 import dataclasses
 from typing import Annotated, Literal, TypeAlias
@@ -13,42 +13,42 @@ from workloads.spec.pretrain import PretrainConfig
 
 @config
 class ScalingConfig:
-    """How many workers train, and what each of them gets."""
+    """Number, resources and timeouts of the workers."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Training processes, among which the global batch is divided: a number, or [fewest, most] to follow the cluster's size."""
+    """Training processes, which divide the global batch: a number, or [fewest, most] to follow the size of the cluster."""
 
     cpus_per_worker: PositiveInt = 2
-    """Ray CPUs that each worker holds."""
+    """Ray CPUs reserved for each worker."""
 
     threads_per_worker: PositiveInt | None = None
-    """Torch and OpenMP threads of each worker; null: as many as cpus_per_worker."""
+    """Torch and OpenMP threads of each worker; null: cpus_per_worker."""
 
     use_gpu: bool = False
     """Give each worker one GPU."""
 
     niceness: Annotated[int, Field(ge=0, le=19)] = 0
-    """Nice level of the workers. Ray's own default, 15, makes them yield to anything else on the machine."""
+    """Nice level of the workers, 0 to 19. Ray's default is 15, with which other processes of the machine come first."""
 
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
-    """How workers are laid over nodes: few nodes, many nodes, or strictly one worker a node."""
+    """Placement of the workers: on few nodes, on many nodes, or strictly one worker on each node."""
 
     fast_start: bool | None = None
-    """Save seconds at a start and after a fault by means that Ray does not document: processes started and their imports done
-    ahead, no controller process for a sweep's trial, fewer helper processes. null: for a local Ray, and on a cluster whose
-    nodes `cluster up` or the files of `cluster render` started; with a Ray that they were not tested with, never."""
+    """Save seconds at the start and after a fault by private interfaces of Ray: standby processes with their imports done, no
+    controller process for a trial of a sweep, fewer helper processes. null: yes on a local Ray and on clusters that
+    `cluster up` or files of `cluster render` started, no elsewhere; never with a release of Ray that was not tested."""
 
     start_timeout_s: PositiveFloat = 60.0
-    """How long the workers may take to get their CPUs and start, seconds."""
+    """Longest wait for the workers' resources and start, seconds; then the attempt has failed."""
 
     poll_interval_s: PositiveFloat = 0.5
-    """How often the controller asks the workers for reports and signs of life, seconds."""
+    """Interval at which the controller polls the workers for reports and health, seconds."""
 
     resize_check_s: PositiveFloat = 10.0
-    """How often a run with [fewest, most] workers looks whether there is room for more of them, seconds."""
+    """Interval at which a run with [fewest, most] workers checks whether more of them fit, seconds."""
 
     hang_timeout_s: PositiveFloat = 600.0
-    """How long a worker may neither finish a step nor die before it is taken for hung and the run continued without it."""
+    """Longest time in which a worker neither finishes a step nor dies, seconds; then it counts as hung and is replaced."""
 
     def __post_init__(self) -> None:
         if self.fewest_workers > self.most_workers:
@@ -60,12 +60,12 @@ class ScalingConfig:
 
     @property
     def fewest_workers(self) -> int:
-        """The run waits until there is room for so many."""
+        """Least workers; the run waits until they fit."""
         return self._range[0]
 
     @property
     def most_workers(self) -> int:
-        """The run never has more."""
+        """Most workers."""
         return self._range[1]
 
     @property
@@ -81,61 +81,60 @@ class ScalingConfig:
 
 @config
 class TrackingConfig:
-    """Where the record of the run is kept."""
+    """Where and what MLflow records of the run."""
 
     uri: str | None = None
-    """MLflow tracking URI; null: the MLFLOW_TRACKING_URI variable, else SQLite in the output folder."""
+    """MLflow tracking URI; null: the variable MLFLOW_TRACKING_URI, else an SQLite file in the output folder."""
 
     experiment: str = "pretraining"
-    """MLflow experiment that the run is listed under."""
+    """MLflow experiment of the run."""
 
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = None
-    """The run's identity: the same name continues the same run; null: the experiment's name and its config's hash."""
+    """Name and identity of the run: the same name continues the same run; null: the experiment's name and the hash of its config."""
 
     system_metrics: bool = True
-    """Record CPU, memory and network of the driver's machine, and on a cluster CPU and memory of each worker's node."""
+    """Record CPU, memory and network of the driver's machine, and on a cluster CPU and memory of the workers' nodes."""
 
     log_model: bool = True
-    """Keep the trained model with the run when it ends."""
+    """Log the trained model to the run when it ends."""
 
 
 @config
 class StorageConfig:
-    """Where checkpoints and artifacts are kept."""
+    """Where checkpoints and artifacts are stored, and which checkpoints stay."""
 
     path: Annotated[str, Field(min_length=1)] = "runs"
-    """Output folder: a local folder (shared by all nodes, where there are several) or s3://bucket/prefix."""
+    """Output folder: a local folder (on a cluster, one that all nodes share) or s3://bucket/prefix."""
 
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that stay; older ones are deleted."""
+    """How many of the newest checkpoints stay; older ones are deleted."""
 
     best_metric: str | None = "eval/sga"
-    """The checkpoint with the highest value of this metric stays too; null: only the newest stay."""
+    """Metric whose highest value marks a checkpoint that stays too; null: only the newest stay."""
 
 
 @config
 class FailureConfig:
-    """How long a run goes on trying."""
+    """How often and how long a run is retried after a failure."""
 
     retries: NonNegativeInt = 3
-    """How often a failed attempt is continued from its newest checkpoint without getting any further; what would fail the
-    same way again is never retried."""
+    """Most attempts in a row that fail without progress beyond the newest checkpoint; a fault that would repeat is not retried."""
 
     patience_s: PositiveFloat = 600.0
-    """How long the object store, the cluster's control processes or a lost node may stay away, seconds."""
+    """Longest outage of the object store, Ray's control processes or a lost node that the run waits out, seconds."""
 
     grace_s: PositiveFloat = 30.0
-    """How long a run that SIGTERM asked to end may take for its last step and checkpoint until it is ended without, seconds;
-    at most the grace period of whoever sends the signal (30 for a Kubernetes pod). A second SIGTERM ends the run at once."""
+    """Longest time for the last step and checkpoint after SIGTERM, seconds; then the run ends without them. Give at most the grace
+    period of whatever sends the signal (30 for a Kubernetes pod). A second SIGTERM ends the run at once."""
 
     spare_processes: bool = True
-    """Where scaling.fast_start holds: keep a standby process beside each worker, started and its imports done, which takes over
-    when the worker dies, or which the next trial of a sweep begins with; each holds half a gigabyte."""
+    """Keep a standby process beside each worker, with its imports done, where `scaling.fast_start` holds. It replaces a dead worker,
+    or becomes the next trial of a sweep. Each takes half a gigabyte of memory."""
 
 
 @config
 class TrainExperiment(PretrainConfig):
-    """One complete, runnable experiment: a file under `experiments/` plus overrides."""
+    """A complete pretraining experiment, as a file of `experiments/` with overrides describes it."""
 
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -143,15 +142,20 @@ class TrainExperiment(PretrainConfig):
     failure: FailureConfig = FailureConfig()
 
     @property
+    def more_places(self) -> dict[str, str | None]:
+        """Dotted key → URI that a derived experiment reads beside those of a run."""
+        return {}
+
+    @property
     def science(self) -> PretrainConfig:
-        """The part that decides the result; its hash is the run's identity, and it says nothing of where it ran."""
+        """The part that determines the result, without where it runs; its hash identifies the run."""
         names = [field.name for field in dataclasses.fields(PretrainConfig)]
         return PretrainConfig(**{name: getattr(self, name) for name in names})
 
 
 @config
 class FinetuneExperiment(FinetuneConfig):
-    """One complete, runnable fine-tuning experiment: its loop is another, all that runs it is the same."""
+    """A complete fine-tuning experiment, with the same sections for where and how it runs."""
 
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig(experiment="finetuning")
@@ -160,7 +164,7 @@ class FinetuneExperiment(FinetuneConfig):
 
     @property
     def science(self) -> FinetuneConfig:
-        """The part that decides the result; its hash is the run's identity, and it says nothing of where it ran."""
+        """The part that determines the result, without where it runs; its hash identifies the run."""
         names = [field.name for field in dataclasses.fields(FinetuneConfig)]
         return FinetuneConfig(**{name: getattr(self, name) for name in names})
 
@@ -169,28 +173,31 @@ AnyExperiment: TypeAlias = TrainExperiment | FinetuneExperiment
 
 
 def places_read(experiment: AnyExperiment) -> dict[str, str]:
-    """Dotted key → URI of everything that a run reads."""
-    found: dict[str, str | None] = {"data.uri": experiment.data.uri, "evaluation.uri": experiment.evaluation.uri}
+    """Dotted key → URI of every dataset, checkpoint and file that a run reads."""
+    places: dict[str, str | None] = {"data.uri": experiment.data.uri, "evaluation.uri": experiment.evaluation.uri}
     match experiment:
         case TrainExperiment():
-            found |= {"init_from": experiment.init_from, "trunk_from": experiment.trunk_from}
+            places |= {"init_from": experiment.init_from, "trunk_from": experiment.trunk_from, **experiment.more_places}
+            if (representation := experiment.evaluation.representation) is not None:
+                places["evaluation.representation.train_uri"] = representation.train_uri
+                places["evaluation.representation.test_uri"] = representation.test_uri
         case FinetuneExperiment():
-            found |= {
+            places |= {
                 "boxes": experiment.boxes,
                 "masks": experiment.masks,
                 "evaluation.masks": experiment.evaluation.masks,
             }
-            found |= {f"trunk.{name}": getattr(experiment.trunk, name, None) for name in ("uri", "file")}
-    return {key: uri for key, uri in found.items() if uri is not None}
+            places |= {f"trunk.{name}": getattr(experiment.trunk, name, None) for name in ("uri", "file")}
+    return {key: uri for key, uri in places.items() if uri is not None}
 
 
 EXPERIMENTS: dict[str, type[TrainExperiment] | type[FinetuneExperiment]] = {
     "pretrain": TrainExperiment,
     "finetune": FinetuneExperiment,
 }
-"""Loop → the experiments that run it."""
+"""Loop → class of its experiments."""
 
 
 def command_of(experiment: AnyExperiment) -> str:
-    """The command that runs an experiment of this loop."""
+    """The subcommand that runs the experiment."""
     return "train" if experiment.loop == "pretrain" else experiment.loop

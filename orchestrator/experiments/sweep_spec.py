@@ -1,4 +1,4 @@
-"""The configuration of a sweep: search algorithm, stopping rule and budget."""
+"""The configuration of a sweep: `SweepExperiment`, with the search algorithm, early stopper and budget of its `SweepConfig`."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -12,101 +12,106 @@ from workloads.config import config
 
 @config
 class RandomSearchConfig:
-    """Independent draws from the space; grids in it are gone through in turn."""
+    """Independent random draws; the values of a grid are taken in turn."""
 
     kind: Literal["random"] = "random"
-    """Which searcher."""
+    """Kind of search: random, grid or optuna."""
 
 
 @config
 class GridSearchConfig:
-    """All combinations of the space's values."""
+    """All combinations of the values of the space."""
 
     kind: Literal["grid"] = "grid"
-    """Which searcher."""
+    """Kind of search: random, grid or optuna."""
 
 
 @config
 class OptunaSearchConfig:
-    """Optuna's tree-structured Parzen estimator, which learns from the trials that have ended."""
+    """Optuna's tree-structured Parzen estimator, which learns from finished trials."""
 
     kind: Literal["optuna"] = "optuna"
-    """Which searcher."""
+    """Kind of search: random, grid or optuna."""
     random_trials: NonNegativeInt = 6
-    """Trials drawn at random before it begins to learn."""
+    """Random trials before the estimator is used."""
 
 
 @config
 class NoStopperConfig:
-    """Every trial runs to its end."""
+    """No early stopping: every trial runs to its last step."""
 
     kind: Literal["none"] = "none"
-    """Which early stopper."""
+    """Kind of early stopper: none, asha or median."""
 
 
 @config
 class AshaConfig:
-    """Asynchronous successive halving (arXiv 1810.05934): at each rung only the best share goes on."""
+    """Asynchronous successive halving (arXiv 1810.05934): only the best share of the trials continues at each rung."""
 
     kind: Literal["asha"] = "asha"
-    """Which early stopper."""
+    """Kind of early stopper: none, asha or median."""
     first_step: PositiveInt
-    """The first rung, steps; the others lie at `reduction` times the one before. Evaluations should fall on them."""
+    """First rung, steps; each further rung is `reduction` times the one before. Trials need an evaluation at each."""
     reduction: Annotated[float, Field(gt=1)] = 2.0
-    """One trial of so many goes on at each rung."""
+    """One of this many trials continues at each rung."""
 
 
 @config
 class MedianConfig:
-    """Stops a trial that is worse than the median of the others' running means at the same step."""
+    """Stops a trial that scores below the median of the other trials' running means at the same step."""
 
     kind: Literal["median"] = "median"
-    """Which early stopper."""
+    """Kind of early stopper: none, asha or median."""
     first_step: PositiveInt
-    """No trial is stopped before, steps."""
+    """No trial is stopped before this step."""
     least_trials: PositiveInt = 3
-    """No trial is stopped before so many others have come as far."""
+    """No trial is stopped before this many others have reached the step."""
 
 
 @config
 class SweepConfig:
-    """What is searched, how, and how long. Trials are ranked by the frozen evaluation on images set aside for that."""
+    """Search space, search algorithm and budget. Trials are ranked by a frozen evaluation on images that are set aside for it."""
 
     space: Annotated[dict[str, DomainConfig], Field(min_length=1)]
     """Domains by dotted key; kinds: choice, grid, uniform, loguniform, int."""
     selection_uri: str
-    """Dataset of images by which trials are ranked: set aside from the training images (`data build … val_share=0.02`), not
-    the held-out set of `evaluation.uri`, which is opened once, for the winner and the start."""
+    """Dataset on which trials are ranked: images set aside from the training images (`data build … val_share=0.02`). The held-out
+    images of `evaluation.uri` are used once, for the winner and the baseline configuration."""
     trial: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys that every trial has in place of the experiment's: how short it is, how often it is evaluated."""
+    """Dotted keys and values that replace the experiment's in every trial, as its steps and evaluation interval."""
     searcher: Annotated[RandomSearchConfig | GridSearchConfig | OptunaSearchConfig, Field(discriminator="kind")] = (
         RandomSearchConfig()
     )
     stopper: Annotated[NoStopperConfig | AshaConfig | MedianConfig, Field(discriminator="kind")] = NoStopperConfig()
     trials: PositiveInt = 12
-    """Trials in all, that of the experiment's own values included; of a grid, the most that it may have."""
+    """Number of trials, including that of the baseline configuration; for a grid, the largest size allowed."""
     hours: PositiveFloat | None = None
-    """No trial goes on after so many hours of sweeping; null: no such limit."""
+    """Time limit of all trials together, hours; null: none."""
     max_concurrent: PositiveInt | None = None
-    """Trials that run at the same time; null: as many as the cluster has CPUs (GPUs) for."""
+    """Trials that run at the same time; null: as many as fit the cluster's CPUs and GPUs."""
     include_start: bool = True
-    """Whether the first trial has the experiment's own values."""
+    """Whether the first trial is the baseline configuration: the experiment's own values."""
     rank_by: Annotated[tuple[str, ...], Field(min_length=1)] = ("eval/sga", "eval/photometric/sga")
-    """Metrics whose mean is a trial's score; the highest wins."""
+    """Metrics whose mean is the score of a trial; the highest score wins."""
     final_seeds: NonNegativeInt = 2
-    """Seeds with which the winner and the start are trained at full length and measured on `evaluation.uri`; 0: neither is."""
+    """Number of seeds for training the winner and the baseline at full length, evaluated on `evaluation.uri`; 0: not trained."""
     seed: NonNegativeInt = 0
-    """Seed of the draws from the space; the trials' own is `seed`, the same for all."""
+    """Seed of the draws from the space; the trials themselves use the experiment's `seed`."""
 
 
 @config
 class SweepExperiment(TrainExperiment):
-    """An experiment and the search over it; without its `sweep` section, the file is the start of the search."""
+    """An experiment with a search over its keys; without the `sweep` section it is the baseline configuration."""
 
     sweep: SweepConfig
 
     @property
+    def more_places(self) -> dict[str, str | None]:
+        """The dataset on which trials are ranked."""
+        return {"sweep.selection_uri": self.sweep.selection_uri}
+
+    @property
     def start(self) -> TrainExperiment:
-        """The experiment itself."""
+        """The baseline configuration: the experiment without the search."""
         names = [field.name for field in dataclasses.fields(TrainExperiment)]
         return TrainExperiment(**{name: getattr(self, name) for name in names})

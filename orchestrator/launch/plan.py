@@ -1,4 +1,4 @@
-"""What a run will read, write, hold and take, before anything is spent on it."""
+"""Estimates a run (`plan_run`) or a sweep (`plan_sweep`) before it starts: data, checkpoints, evaluations, memory, time, price."""
 
 import dataclasses
 import json
@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.experiments.spec import AnyExperiment, ScalingConfig
+from orchestrator.experiments.spec import AnyExperiment, ScalingConfig, TrainExperiment
 from orchestrator.experiments.sweep_spec import SweepExperiment
 from orchestrator.launch.calibration import Calibration, measure
 from workloads.data.store.manifest import open_dataset
+from workloads.evaluation.representation import RepresentationEvaluation
 from workloads.loops.dispatch import preflight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What an experiment asks for."""
+    """The figures of one run."""
 
     steps: int
     steps_per_epoch: int
@@ -25,76 +26,89 @@ class Plan:
     views_per_step: int
     num_images: int
     bytes_per_epoch: int
-    requests_per_epoch: int  # to the object store; row groups are read by one ranged request each
+    requests_per_epoch: int
+    """Requests to the object store: one for each row group."""
     checkpoints: int
     checkpoints_kept: int
     evaluations: int
-    evaluated_images: int  # by each evaluation
-    workers: tuple[int, int]  # fewest, most
-    request: dict[str, Any]  # what Ray is asked for
+    evaluated_images: int
+    """Images of `evaluation.uri` in each evaluation."""
+    representation_images: int
+    """Labelled images, for training and test, whose features each evaluation extracts."""
+    workers: tuple[int, int]
+    """Fewest and most workers."""
+    request: dict[str, Any]
+    """The placement group that Ray is asked for."""
     calibration: Calibration | None = None
     price_per_worker_hour: tuple[float, float] | None = None
 
     @property
     def hours(self) -> float | None:
-        """Wall time with the most workers, start-up aside; None without a calibration."""
+        """Wall time with the most workers, without the start and a linear probe's training; None without a calibration."""
         measured = self.calibration
         if measured is None:
             return None
-        evaluating = self.evaluations * self.evaluated_images * measured.image_evaluation_s / self.workers[1]
-        return (self.steps * measured.step_s + evaluating) / 3600
+        evaluation_s = self.evaluated_images * measured.image_evaluation_s
+        evaluation_s += self.representation_images * measured.representation_image_s
+        return (self.steps * measured.step_s + self.evaluations * evaluation_s / self.workers[1]) / 3600
 
     @property
     def price(self) -> tuple[float, float] | None:
-        """Least and most for all workers over the hours, in the currency of the given prices."""
+        """Lowest and highest price of all workers, in the currency of the given prices; None if it is not known."""
         if self.hours is None or self.price_per_worker_hour is None:
             return None
         low, high = self.price_per_worker_hour
         return self.hours * self.workers[1] * low, self.hours * self.workers[1] * high
 
     def to_json(self) -> str:
-        """All figures, the derived ones included."""
+        """All figures as JSON, including the derived ones."""
         return json.dumps({**dataclasses.asdict(self), "hours": self.hours, "price": self.price}, indent=1)
 
     def lines(self) -> list[tuple[str, str]]:
-        """What and how much, for people."""
+        """Label and text of each figure."""
         epochs = self.steps / self.steps_per_epoch
         fewest, most = self.workers
-        told = [
+        rows = [
             ("steps", f"{self.steps:,} of {self.views_per_step:,} views; {self.steps_per_epoch:,} an epoch"),
             ("images", f"{self.images_trained:,} ({epochs:.1f} epochs of {self.num_images:,})"),
-            ("read", f"{_bytes(self.bytes_per_epoch)} in {self.requests_per_epoch:,} requests an epoch, cache aside"),
-            ("evaluations", f"{self.evaluations} of {self.evaluated_images:,} images"),
+            (
+                "read",
+                f"{_bytes(self.bytes_per_epoch)} in {self.requests_per_epoch:,} requests an epoch, without the cache",
+            ),
+            ("evaluations", f"{self.evaluations} of {self.evaluated_images + self.representation_images:,} images"),
             ("workers", f"{most}" if fewest == most else f"{fewest} to {most}"),
             ("asks Ray for", json.dumps(self.request)),
         ]
         measured = self.calibration
         if measured is None:
-            return [*told, ("checkpoints", f"{self.checkpoints} written, {self.checkpoints_kept} kept at the end")]
+            return [*rows, ("checkpoints", f"{self.checkpoints} written, {self.checkpoints_kept} kept at the end")]
         size = measured.checkpoint_bytes
         kept = f"{self.checkpoints_kept} kept ({_bytes(self.checkpoints_kept * size)})"
-        told += [
+        rows += [
             ("checkpoints", f"{self.checkpoints} of {_bytes(size)} written, {kept}"),
             ("memory", f"{_bytes(measured.peak_bytes)} a worker, measured"),
             (
                 "step",
                 f"{measured.step_s:.2f} s measured here, of which {measured.data_wait_share:.0%} waiting for data",
             ),
-            ("time", f"about {_hours(self.hours or 0.0)}, start-up aside, on machines like this one"),
+            ("time", f"about {_hours(self.hours or 0.0)} without the start, on machines like this one"),
         ]
         if self.price is not None:
-            told.append(("price", f"{self.price[0]:.2f} to {self.price[1]:.2f}"))
-        return told
+            rows.append(("price", f"{self.price[0]:.2f} to {self.price[1]:.2f}"))
+        return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPlan:
-    """What a sweep asks for: its trials, and the winner and the start at full length."""
+    """The figures of a sweep: its trials, then the winner and the baseline configuration at full length."""
 
-    trials: int  # at most; an early stopper ends some of them before
-    at_once: int | None  # None: as many as the cluster has room for, of which one is reckoned with
+    trials: int
+    """Most trials; an early stopper may end some of them before their last step."""
+    at_once: int | None
+    """Trials that run at the same time; None: as many as the cluster has room for, and the time is that of one at a time."""
     trial: Plan
     finals: int
+    """Runs at full length."""
     final: Plan | None
 
     @property
@@ -107,7 +121,7 @@ class SweepPlan:
 
     @property
     def price(self) -> tuple[float, float] | None:
-        """Least and most, for all workers of all trials."""
+        """Lowest and highest price of all workers of all trials; None if it is not known."""
         parts = [(self.trials, self.trial.price), (self.finals, self.final.price if self.final else None)]
         known = [(count, price) for count, price in parts if price is not None]
         if not known:
@@ -115,31 +129,31 @@ class SweepPlan:
         return sum(c * p[0] for c, p in known), sum(c * p[1] for c, p in known)
 
     def to_json(self) -> str:
-        """All figures, the derived ones included."""
+        """All figures as JSON, including the derived ones."""
         return json.dumps({**dataclasses.asdict(self), "hours": self.hours, "price": self.price}, indent=1)
 
     def lines(self) -> list[tuple[str, str]]:
-        """What and how much, for people."""
+        """Label and text of each figure."""
         at_once = "as many at once as there is room for" if self.at_once is None else f"{self.at_once} at once"
-        told = [("trials", f"at most {self.trials}, {at_once}; each:")]
-        told += [(f"  {what}", how_much) for what, how_much in self.trial.lines()]
+        rows = [("trials", f"at most {self.trials}, {at_once}; each:")]
+        rows += [(f"  {label}", text) for label, text in self.trial.lines()]
         if self.final is not None:
-            told += [("full length", f"{self.finals} runs of the winner and the start; each:")]
-            told += [(f"  {what}", how_much) for what, how_much in self.final.lines()]
+            rows += [("full length", f"{self.finals} runs of the winner and the baseline configuration; each:")]
+            rows += [(f"  {label}", text) for label, text in self.final.lines()]
         if self.hours is not None:
-            told.append(("in all", f"about {_hours(self.hours)} if no trial is stopped early, start-ups aside"))
+            rows.append(("in all", f"about {_hours(self.hours)} if no trial is stopped early, without the starts"))
         if self.price is not None:
-            told.append(("price", f"{self.price[0]:.2f} to {self.price[1]:.2f}"))
-        return told
+            rows.append(("price", f"{self.price[0]:.2f} to {self.price[1]:.2f}"))
+        return rows
 
 
 def plan_sweep(
     experiment: SweepExperiment, *, calibrate: bool = True, price: tuple[float, float] | None = None
 ) -> SweepPlan:
-    """As `plan_run`, for a trial and for a run at full length.
+    """Plan a trial and a run at full length; see `plan_run`.
 
     Raises:
-        ConfigError, DataError: what `sweep` would refuse too.
+        ConfigError, DataError: `sweep` would refuse the experiment too.
         CalibrationError: the measured steps failed.
     """
     from orchestrator.sweeps.checks import check_sweep
@@ -159,13 +173,13 @@ def plan_sweep(
 
 
 def plan_run(experiment: AnyExperiment, *, calibrate: bool = True, price: tuple[float, float] | None = None) -> Plan:
-    """Count what `experiment` will do; with `calibrate`, measure a few steps in a process of their own.
+    """Count what `experiment` will read, evaluate and write; with `calibrate`, measure a few steps in a separate process.
 
     Args:
-        price: least and most for one worker's hour.
+        price: lowest and highest price of one worker for an hour.
 
     Raises:
-        ConfigError, DataError: what `train` would refuse too.
+        ConfigError, DataError: `train` would refuse the experiment too.
         CalibrationError: the measured steps failed.
     """
     scaling = experiment.scaling
@@ -186,6 +200,7 @@ def plan_run(experiment: AnyExperiment, *, calibrate: bool = True, price: tuple[
         checkpoints_kept=_kept(experiment, checked.steps_per_epoch),
         evaluations=len(_evaluation_steps(experiment)),
         evaluated_images=evaluated,
+        representation_images=_representation_images(experiment),
         workers=(scaling.fewest_workers, scaling.most_workers),
         request=resource_request(scaling),
         calibration=measure(experiment) if calibrate else None,
@@ -194,13 +209,26 @@ def plan_run(experiment: AnyExperiment, *, calibrate: bool = True, price: tuple[
 
 
 def resource_request(scaling: ScalingConfig) -> dict[str, Any]:
-    """The placement group that a run of the most workers asks Ray for."""
+    """The placement group of a run with its most workers."""
     bundle = {"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})}
     return {"bundles": [bundle] * scaling.most_workers, "strategy": scaling.placement}
 
 
+def _representation_images(experiment: AnyExperiment) -> int:
+    if not isinstance(experiment, TrainExperiment) or experiment.evaluation.representation is None:
+        return 0
+    split = RepresentationEvaluation.check(experiment.evaluation.representation)[2]
+    return len(split.train) + len(split.test)
+
+
+def _is_evaluated(experiment: AnyExperiment) -> bool:
+    if experiment.evaluation.uri is not None:
+        return True
+    return isinstance(experiment, TrainExperiment) and experiment.evaluation.representation is not None
+
+
 def _evaluation_steps(experiment: AnyExperiment) -> set[int]:
-    if experiment.evaluation.uri is None:
+    if not _is_evaluated(experiment):
         return set()
     every = experiment.evaluation.every_steps or experiment.steps
     return {*range(0 if experiment.evaluation.at_start else every, experiment.steps, every), experiment.steps}
@@ -217,7 +245,7 @@ def _checkpoint_steps(experiment: AnyExperiment, steps_per_epoch: int) -> set[in
 
 def _kept(experiment: AnyExperiment, steps_per_epoch: int) -> int:
     newest = min(experiment.storage.keep_checkpoints, len(_checkpoint_steps(experiment, steps_per_epoch)))
-    has_best = experiment.storage.best_metric is not None and experiment.evaluation.uri is not None
+    has_best = experiment.storage.best_metric is not None and _is_evaluated(experiment)
     return newest + int(has_best)
 
 

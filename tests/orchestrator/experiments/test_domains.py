@@ -117,7 +117,7 @@ def test_the_start_is_the_experiments_own_values():
 @pytest.mark.parametrize(
     ("domain", "message"),
     [
-        ({"kind": "loguniform", "low": 0, "high": 1}, "low: a loguniform domain begins above 0"),
+        ({"kind": "loguniform", "low": 0, "high": 1}, "low: a loguniform domain must begin above 0"),
         ({"kind": "uniform", "low": 2, "high": 1}, "low: must be below high"),
         ({"kind": "int", "low": 0, "high": 9, "log": True}, "low: with log it must be above 0"),
         ({"kind": "int", "low": 0.5, "high": 9}, r"space.a.low: .*integer"),

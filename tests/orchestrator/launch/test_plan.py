@@ -1,4 +1,4 @@
-"""What a run will cost: counted against hand-made figures and plain pyarrow, measured against the model itself."""
+"""The plan of a run: counts against figures by hand and plain pyarrow, measurements against the model itself."""
 
 import json
 import shutil
@@ -9,10 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.cli.app import run
+from orchestrator.datasets.build import build_dataset
 from orchestrator.experiments.load import load_experiment, load_sweep
-from orchestrator.experiments.spec import ScalingConfig
-from orchestrator.launch.calibration import Calibration, CalibrationError
+from orchestrator.experiments.spec import ScalingConfig, places_read
+from orchestrator.launch.calibration import Calibration, CalibrationError, measure
 from orchestrator.launch.plan import plan_run, plan_sweep, resource_request
+from tests.workloads.data.images import make_folder
+from workloads.data.build.shards import BuildConfig
+from workloads.data.build.sources import FolderSourceConfig
 from workloads.errors import ConfigError
 from workloads.spec.factory import build_objective
 
@@ -58,6 +62,58 @@ def test_a_few_steps_are_measured(experiment: Path):
     assert dict(plan.lines())["workers"] == "1 to 2"
 
 
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three classes of ten images."""
+    root = tmp_path_factory.mktemp("labelled")
+    make_folder(root / "images", classes=3, per_class=10)
+    build_dataset(BuildConfig(source=FolderSourceConfig(inputs=(str(root / "images"),)), output=str(root / "shards")))
+    return str(root / "shards")
+
+
+def represented(uri: str, *more: str) -> list[str]:
+    """Overrides for a run that is measured by its representation alone; 18 images train and 12 test."""
+    section = f"{{train_uri: {uri}, view_size: 32, per_class: 6, neighbours: 3, bootstrap: 100}}"
+    return ["evaluation.uri=null", f"evaluation.representation={section}", *more]
+
+
+def test_evaluations_of_the_representation_count(experiment: Path, labelled: str):
+    overrides = represented(labelled, "evaluation.every_steps=6", "checkpoint_every=8")
+    plan = plan_run(load_experiment(str(experiment), overrides), calibrate=False)
+    assert (plan.evaluations, plan.evaluated_images, plan.representation_images) == (5, 0, 30)  # after 0 6 12 18 20
+    assert (plan.checkpoints, plan.checkpoints_kept) == (6, 3)  # 6 8 12 16 18 20; the newest two, and the best
+    assert dict(plan.lines())["evaluations"] == "5 of 30 images"
+    measured = Calibration(
+        step_s=1.0,
+        data_wait_share=0,
+        image_evaluation_s=0,
+        representation_image_s=2.0,
+        peak_bytes=1,
+        checkpoint_bytes=1,
+    )
+    assert replace(plan, calibration=measured).hours == pytest.approx((20 * 1.0 + 5 * 30 * 2.0) / 3600)
+
+
+def test_both_kinds_of_evaluation_are_measured(experiment: Path, datasets: dict[str, str], labelled: str):
+    overrides = represented(labelled, f"evaluation.uri={datasets['heldout']}")
+    measured = measure(load_experiment(str(experiment), overrides))
+    assert measured.image_evaluation_s > 0 and measured.representation_image_s > 0
+
+
+def test_datasets_of_the_representation_and_of_the_ranking_are_places_that_a_run_reads(
+    experiment: Path, datasets: dict[str, str], labelled: str
+):
+    space = "sweep.space.objective.temperature={kind: uniform, low: 0.1, high: 0.2}"
+    loaded = load_sweep(
+        str(experiment), [*represented(labelled), f"sweep.selection_uri={datasets['selection']}", space]
+    )
+    assert places_read(loaded) == {
+        "data.uri": datasets["train"],
+        "evaluation.representation.train_uri": labelled,
+        "sweep.selection_uri": datasets["selection"],
+    }
+
+
 def test_what_ray_is_asked_for():
     scaling = ScalingConfig(num_workers=3, cpus_per_worker=4, use_gpu=True, placement="SPREAD")
     assert resource_request(scaling) == {"bundles": [{"CPU": 4, "GPU": 1}] * 3, "strategy": "SPREAD"}
@@ -75,7 +131,7 @@ def test_steps_that_fail_are_said_to(experiment: Path, datasets: dict[str, str],
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 0xFF
     shard.write_bytes(bytes(data))
-    with pytest.raises(CalibrationError, match=rf"did not end.*{shard.name}"):
+    with pytest.raises(CalibrationError, match=rf"steps failed.*{shard.name}"):
         plan_run(load_experiment(str(experiment), [f"data.uri={broken}"]))
 
 
@@ -118,4 +174,4 @@ def test_the_command_plans_a_sweep(experiment: Path, datasets: dict[str, str], c
     space = "sweep.space.objective.temperature={kind: uniform, low: 0.1, high: 0.2}"
     assert run(["plan", str(experiment), "--sweep", "--no-calibrate", space, *overrides]) == 0
     told = capsys.readouterr().out
-    assert "at most 3" in told and "4 runs of the winner and the start" in told
+    assert "at most 3" in told and "4 runs of the winner and the baseline configuration" in told
