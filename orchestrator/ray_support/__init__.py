@@ -1,1 +1,1 @@
-"""Connects commands to Ray, and holds every use of its private names."""
+"""Connects commands to Ray, passes credentials to its processes, and holds every use of its private names."""

@@ -32,15 +32,15 @@ _OF_THIS_MACHINE = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_PROFI
 
 
 def gather(environment: Mapping[str, str], *, s3: bool) -> dict[str, str]:
-    """Every variable of `environment` that a job needs for its stores, MLflow's and, if `s3`, the object store's.
+    """The variables of `environment` that a job needs for MLflow and, if `s3`, for the object store.
 
-    Keys that a file of this machine holds are read, because the file is not on the cluster.
+    Keys in a credentials file are read from it, because the file is not on the cluster.
     """
     wanted = _PASSED if s3 else _PASSED[1:]
-    found = {name: value for name, value in environment.items() if name.startswith(wanted) and value}
-    if s3 and "AWS_ACCESS_KEY_ID" not in found:
-        found |= _from_files()
-    return {name: value for name, value in found.items() if name not in _OF_THIS_MACHINE}
+    passed = {name: value for name, value in environment.items() if name.startswith(wanted) and value}
+    if s3 and "AWS_ACCESS_KEY_ID" not in passed:
+        passed |= _from_files()
+    return {name: value for name, value in passed.items() if name not in _OF_THIS_MACHINE}
 
 
 def _from_files() -> dict[str, str]:

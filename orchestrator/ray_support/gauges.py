@@ -1,6 +1,6 @@
-"""How a run is, as Prometheus sees it: gauges of our own on the page that Ray's agent of each node serves.
+"""Exports a run's Prometheus gauges (`RunGauges`) and counts its faults, through Ray's metrics agent on each node.
 
-Set when the run reports, not at every step; a cluster without metrics (an embedded Ray) has none.
+Gauges are set when the run reports, not at every step. A local Ray exports none.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _OF_A_REPORT = {
 
 
 class RunGauges:
-    """The gauges of one run; what goes wrong with them never reaches the run."""
+    """The gauges of one run; an error in setting them never reaches the run."""
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge
@@ -29,12 +29,12 @@ class RunGauges:
             "checkpoint_age": ("orchestrator_checkpoint_age_seconds", "Seconds since the newest whole checkpoint."),
         }
         self._gauges: dict[str, Any] = {
-            key: Gauge(name, description=told, tag_keys=("run",)) for key, (name, told) in described.items()
+            key: Gauge(name, description=description, tag_keys=("run",)) for key, (name, description) in described.items()
         }
         self._saved: tuple[int | None, float] = (None, time.time())
 
     def report(self, metrics: Mapping[str, float], *, step: int, saved_step: int | None) -> None:
-        """Set what is known at `step`."""
+        """Set the gauges to the figures at `step`."""
         if saved_step != self._saved[0]:
             self._saved = (saved_step, time.time())
         values = {"step": float(step), "checkpoint_age": time.time() - self._saved[1], **metrics}
@@ -45,7 +45,7 @@ class RunGauges:
 
 
 def count_fault(run: str, kind: str) -> None:
-    """One more fault of this kind."""
+    """Count one more fault of this kind."""
     from ray.util.metrics import Counter
 
     with contextlib.suppress(Exception):

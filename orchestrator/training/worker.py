@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.fs as arrow_fs
 import ray.train
 import ray.util
@@ -214,6 +215,7 @@ def train_worker(config: Mapping[str, WorkerJob]) -> dict[str, float]:
     timings = {
         **job.timings,
         "startup/workers_s": entered - job.submitted,
+        "startup/process_age_s": entered - psutil.Process().create_time(),
         "startup/worker_imports_s": time.time() - entered,
         "startup/worker_niceness": float(os.nice(0)),
         "startup/worker_threads": float(torch.get_num_threads()),

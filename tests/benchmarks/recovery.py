@@ -1,11 +1,15 @@
-"""How long a run takes to go on after a fault, what it loses, and what its checkpoints cost.
+"""Measures how long a run takes to continue after a fault, phase by phase, what it loses, and what its checkpoints cost.
 
-    python tests/benchmarks/recovery.py --json recovery.json [--repetitions 3] [--dataset DATASET]
+    python tests/benchmarks/recovery.py --json recovery.json [--repetitions 5] [--faults worker node shrink]
+        [--paths fast public alone] [--dataset DATASET] [--no-checkpoints]
 
-Faults on a real cluster of two nodes on this machine, with the chaos suite's tiny run; seconds are from the kill to the
-end of the first step afterwards, by the workers' clocks, medians over the repetitions; beside them what Ray Train alone takes.
-The cost of checkpoints is the share of the training time for which they held the steps up, counted inside a run of a
-ResNet-18 with a checkpoint every 50 steps.
+Faults on a real cluster of two nodes on this machine, with the chaos suite's tiny run. `fast` and `public` are
+`scaling.fast_start` true and false, `alone` is Ray Train with a step that adds two numbers; they take turns, so that a change in
+the machine's load meets all of them. Seconds are from the kill to the end of the first step afterwards. Phases: `detect` until
+the failure is classified; `workers` until the new worker's function begins (of which `process` starting and preloading its
+process, 0 for a standby process); `imports` of the worker; `restore` of the checkpoint; `first_step`, which builds
+the model. The cost of checkpoints is the share of the training time for which they held the steps up, counted inside a run of
+a ResNet-18 with a checkpoint every 50 steps.
 """
 
 import argparse
@@ -40,36 +44,62 @@ from workloads.data.loading.ledger import read_ledger  # noqa: E402
 LENGTH = 160
 IN_ITS_COURSE_S = 20.0
 ELASTIC = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.threads_per_worker=1")
+GOALS_S = {"worker": 8.0, "node": 15.0, "shrink": 6.0}
+PATHS = {"fast": "true", "public": "false"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--faults", nargs="+", choices=[*FAULTS], default=[*FAULTS])
+    parser.add_argument("--paths", nargs="+", choices=[*PATHS, "alone"], default=[*PATHS, "alone"])
     parser.add_argument("--dataset", help="images for the checkpoints' cost; default: the chaos suite's")
+    parser.add_argument("--no-checkpoints", action="store_true", help="leave the checkpoints' cost out")
     options = parser.parse_args()
-    result: dict[str, Any] = {"samples_lost": 0, "samples_duplicated": 0, "steps_repeated": {}}
+    measured: dict[str, dict[str, list[dict[str, Any]]]] = {fault: {} for fault in options.faults}
     with tempfile.TemporaryDirectory() as scratch:
         images = build_images(Path(scratch, "images"))
-        faults: dict[str, tuple[Callable[[Nodes], None], tuple[str, ...]]] = {
-            "worker_kill_next_step_s": (lambda nodes: train_workers()[0].kill(), ()),
-            "node_kill_next_step_s": (lose_and_replace, ("scaling.placement=STRICT_SPREAD",)),
-            "shrink_next_step_s": (Nodes.kill_other, ELASTIC),
-        }
-        alone = [ray_alone(Path(scratch, f"alone-{i}")) for i in range(options.repetitions)]
-        result["ray_alone_worker_kill_next_step_s"] = round(statistics.median(alone), 2)
-        print("ray alone", [round(s, 2) for s in alone], file=sys.stderr)
-        for name, (hurt, overrides) in faults.items():
-            found = [recover(Path(scratch, f"{name}-{i}"), images, hurt, overrides) for i in range(options.repetitions)]
-            result[name] = round(statistics.median(one["next_step_s"] for one in found), 2)
-            result[f"{name}_all"] = [round(one["next_step_s"], 2) for one in found]
-            result["steps_repeated"][name] = max(one["steps_repeated"] for one in found)
-            result["samples_lost"] += sum(one["lost"] for one in found)
-            result["samples_duplicated"] += sum(one["duplicated"] for one in found)
-            print(name, result[f"{name}_all"], file=sys.stderr)
-        result |= checkpoint_cost(Path(scratch, "cost"), options.dataset or images)
-    options.json.write_text(json.dumps(result, indent=2))
-    print(json.dumps(result, indent=2))
+        for turn in range(options.repetitions):
+            for fault in options.faults:
+                for path in options.paths:
+                    folder = Path(scratch, f"{fault}-{path}-{turn}")
+                    if path == "alone":
+                        if fault == "shrink":
+                            continue
+                        one = {"next_step_s": ray_alone(folder, fault)}
+                    else:
+                        one = recover(folder, images, fault, path)
+                    measured[fault].setdefault(path, []).append(one)
+                    print(turn, fault, path, one, file=sys.stderr)
+                    write(options.json, measured, {})
+        cost = {} if options.no_checkpoints else checkpoint_cost(Path(scratch, "cost"), options.dataset or images)
+    print(json.dumps(write(options.json, measured, cost), indent=2))
+
+
+def write(path: Path, measured: dict[str, dict[str, list[dict[str, Any]]]], cost: dict[str, float]) -> dict[str, Any]:
+    """Write the summary of what is measured so far."""
+    faults = {
+        fault: {"goal_s": GOALS_S[fault], **{kind: summary(runs) for kind, runs in by_path.items()}}
+        for fault, by_path in measured.items()
+    }
+    result = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "faults": faults, **cost}
+    path.write_text(json.dumps(result, indent=2))
+    return result
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median and spread of the seconds, medians of the phases, and sums of what was lost."""
+    seconds = [round(run["next_step_s"], 2) for run in runs]
+    found: dict[str, Any] = {"median_s": statistics.median(seconds), "least_s": min(seconds), "most_s": max(seconds)}
+    found["all_s"] = seconds
+    if "phases" in runs[0]:
+        phases = runs[0]["phases"]
+        found["phases_s"] = {key: round(statistics.median(run["phases"][key] for run in runs), 2) for key in phases}
+        found["steps_repeated"] = max(run["steps_repeated"] for run in runs)
+        found["samples_lost"] = sum(run["lost"] for run in runs)
+        found["samples_duplicated"] = sum(run["duplicated"] for run in runs)
+    return found
 
 
 def lose_and_replace(nodes: Nodes) -> None:
@@ -78,19 +108,29 @@ def lose_and_replace(nodes: Nodes) -> None:
     nodes.join()
 
 
-def recover(folder: Path, images: str, hurt: Callable[[Nodes], None], overrides: tuple[str, ...]) -> dict[str, Any]:
-    """One run that is hurt in its course, when its spare processes have had time to start."""
+FAULTS: dict[str, tuple[Callable[[Nodes], None], tuple[str, ...]]] = {
+    "worker": (lambda nodes: train_workers()[0].kill(), ()),
+    "node": (lose_and_replace, ("scaling.placement=STRICT_SPREAD",)),
+    "shrink": (Nodes.kill_other, ELASTIC),
+}
+"""Fault → how it is done, and the overrides of the run that it hits."""
+
+
+def recover(folder: Path, images: str, fault: str, path: str) -> dict[str, Any]:
+    """One run that is hit by a fault when its standby processes have had time to start."""
+    hurt, overrides = FAULTS[fault]
     folder.mkdir()
     nodes = Nodes()
     try:
-        driver = driver_of(folder, images, nodes, f"steps={LENGTH}", *overrides).start()
+        given = (f"steps={LENGTH}", f"scaling.fast_start={PATHS[path]}", *overrides)
+        driver = driver_of(folder, images, nodes, *given).start()
         wait_step(driver, 6)
         time.sleep(IN_ITS_COURSE_S)
-        killed_ms = time.time() * 1000
+        killed, killed_monotonic = time.time(), time.monotonic()
         hurt(nodes)
         if driver.wait() != 0:
             raise RuntimeError(driver.text[-3000:])
-        return {**next_step(driver, killed_ms), **losses_of_data(folder)}
+        return {**next_step(driver, killed, killed_monotonic), **losses_of_data(folder)}
     finally:
         nodes.close()
 
@@ -115,14 +155,14 @@ def loop(config):
 TorchTrainer(
     loop,
     train_loop_config={"steps": 40, "log": sys.argv[1]},
-    scaling_config=ScalingConfig(num_workers=2, placement_strategy="SPREAD"),
-    run_config=RunConfig(storage_path=sys.argv[2], failure_config=FailureConfig(max_failures=1)),
+    scaling_config=ScalingConfig(num_workers=2, placement_strategy=sys.argv[3]),
+    run_config=RunConfig(storage_path=sys.argv[2], failure_config=FailureConfig(max_failures=3)),
 ).fit()
 """
 
 
-def ray_alone(folder: Path) -> float:
-    """The floor: seconds from a worker's kill to the next step of Ray Train itself, with a step that only adds two numbers."""
+def ray_alone(folder: Path, fault: str) -> float:
+    """The floor: seconds from the fault to the next step of Ray Train itself, with a step that only adds two numbers."""
     folder.mkdir()
     log = folder / "steps"
     log.touch()
@@ -130,6 +170,7 @@ def ray_alone(folder: Path) -> float:
     try:
         environment = {**os.environ, "RAY_ADDRESS": nodes.address, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
         command = [sys.executable, "-c", RAY_ALONE, str(log), str(folder / "storage")]
+        command.append("STRICT_SPREAD" if fault == "node" else "SPREAD")
         with (folder / "driver.log").open("wb") as output:
             driver = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         while len(log.read_text().splitlines()) < 12:
@@ -137,7 +178,7 @@ def ray_alone(folder: Path) -> float:
                 raise RuntimeError((folder / "driver.log").read_text()[-2000:])
             time.sleep(0.02)
         killed = time.time()
-        train_workers()[0].kill()
+        FAULTS[fault][0](nodes)
         if driver.wait() != 0:
             raise RuntimeError((folder / "driver.log").read_text()[-2000:])
     finally:
@@ -146,22 +187,41 @@ def ray_alone(folder: Path) -> float:
     return next(float(line) for line in log.read_text().splitlines() if float(line) > killed + 2.0) - killed
 
 
-def next_step(driver: Driver, killed_ms: float) -> dict[str, float]:
-    """Seconds to the first step that ended after the kill in another attempt, and how many steps were done again."""
+def next_step(driver: Driver, killed: float, killed_monotonic: float) -> dict[str, Any]:
+    """Seconds to the first step that ended after the kill in another attempt, its phases, and how many steps were repeated."""
     records = [json.loads(line) for path in journals(driver.folder) for line in path.read_text().splitlines()]
-    after_fault = False
+    classified: float | None = None
     newest = 0
     for record in records:
-        if record["kind"] == "fault":
-            after_fault = True
+        if record["kind"] == "fault" and classified is None:
+            classified = record["failure"]["at_s"] - killed_monotonic
         elif record["kind"] == "metrics" and "train/loss" in record["metrics"]:
-            if after_fault and record["time_ms"] > killed_ms:
+            ended = record["time_ms"] / 1000 - killed
+            # What is reported again comes with its old time; only the new attempt's first report has its start's figures.
+            if classified is not None and ended > 0 and "startup/first_step_s" in record["metrics"]:
+                repeated = newest - record["step"] + 1
                 return {
-                    "next_step_s": (record["time_ms"] - killed_ms) / 1000,
-                    "steps_repeated": newest - record["step"] + 1,
+                    "next_step_s": ended,
+                    "steps_repeated": repeated,
+                    "phases": phases(record["metrics"], classified, ended),
                 }
             newest = max(newest, record["step"])
     raise RuntimeError(f"the run was not hurt:\n{driver.text[-2000:]}")
+
+
+def phases(metrics: dict[str, float], classified: float, ended: float) -> dict[str, float]:
+    """Where the seconds from the kill to the end of the next step went."""
+    imports, restore = metrics["startup/worker_imports_s"], metrics["startup/restore_s"]
+    entered = ended - metrics["startup/first_step_s"] - imports
+    age = metrics["startup/process_age_s"]
+    return {
+        "detect": classified,
+        "workers": entered - classified,
+        "process": age if entered - age > 0 else 0.0,
+        "imports": imports,
+        "restore": restore,
+        "first_step": metrics["startup/first_step_s"] - restore,
+    }
 
 
 def losses_of_data(folder: Path) -> dict[str, int]:

@@ -37,6 +37,19 @@ def test_1_a_worker_is_killed_mid_step(nodes: Nodes, images: str, tmp_path: Path
     assert_nothing_left(nodes)
 
 
+def test_1_a_worker_is_killed_and_the_run_goes_on_by_public_interfaces_alone(
+    nodes: Nodes, images: str, tmp_path: Path, undisturbed: Reference
+) -> None:
+    driver = driver_of(tmp_path, images, nodes, "scaling.fast_start=false").start()
+    wait_step(driver, 6)
+    train_workers()[0].kill()
+    assert driver.wait() == 0, driver.text
+    assert "worker fault: a worker process died" in driver.text  # the driver itself judged and continued
+    assert_nothing_lost(tmp_path, images, undisturbed[2])
+    assert status(tmp_path)[1]["fault/worker"] == 1 and "worker process died" in status(tmp_path)[2]["run.faults"]
+    assert_nothing_left(nodes)
+
+
 def test_1_on_one_worker_the_losses_are_bit_equal(images: str, tmp_path: Path, undisturbed: Reference) -> None:
     driver = driver_of(tmp_path, images, None, "scaling.num_workers=1").start()
     wait_step(driver, 6)
@@ -114,6 +127,20 @@ def test_5_sigterm_takes_a_checkpoint_first(nodes: Nodes, images: str, tmp_path:
     assert status(tmp_path)[0] == "FINISHED"
     assert_nothing_lost(tmp_path, images, undisturbed[2])
     assert_nothing_left(nodes)
+
+
+def test_5_sigterm_ends_a_run_whose_worker_hangs_within_the_grace_period(images: str, tmp_path: Path) -> None:
+    driver = driver_of(tmp_path, images, None, "scaling.num_workers=1", "failure.grace_s=6").start()
+    wait_step(driver, 6)
+    hung = train_workers()[0]
+    hung.suspend()
+    assert driver.process is not None
+    driver.process.send_signal(signal.SIGTERM)
+    assert driver.wait(60) == 1
+    assert "failure.grace_s" in driver.text and "same command again" in driver.text
+    hung.kill()
+    assert driver.start("failure.grace_s=30").wait() == 0, driver.text
+    assert status(tmp_path)[0] == "FINISHED"
 
 
 def test_5_notice_that_a_node_will_be_taken_brings_a_checkpoint(
