@@ -29,7 +29,8 @@ class RunGauges:
             "checkpoint_age": ("orchestrator_checkpoint_age_seconds", "Seconds since the newest whole checkpoint."),
         }
         self._gauges: dict[str, Any] = {
-            key: Gauge(name, description=description, tag_keys=("run",)) for key, (name, description) in described.items()
+            key: Gauge(name, description=description, tag_keys=("run",))
+            for key, (name, description) in described.items()
         }
         self._saved: tuple[int | None, float] = (None, time.time())
 

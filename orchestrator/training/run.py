@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
     from orchestrator.training.attempts import Attempts
+    from orchestrator.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,23 @@ def _outcome(run: Run, sink: MlflowSink, uri: str) -> TrainOutcome:
 
 
 def _fit_with_retries(session: Session) -> None:
-    """Fit; continue from the newest checkpoint after transient failures, as `failures.decide` says."""
+    """Fit; continue from the newest checkpoint after transient failures, as `failures.decide` says, unless asked to end."""
+    from orchestrator.training.progress import forget_stop
+    from orchestrator.training.stopping import GraceOverError, stop_on_sigterm
+
+    forget_stop(session.run.claim)
+    grace_s = session.experiment.failure.grace_s
+    try:
+        with stop_on_sigterm(session.run.claim, grace_s=grace_s) as stop:
+            _attempt_until_done(session, stop)
+    except GraceOverError:
+        raise TrainingError(
+            f"run {session.run.name}: asked to end, and ended without waiting longer for its workers (failure.grace_s="
+            f"{grace_s:g}); its newest checkpoint is of step {session.saved_step()}; give the same command again to continue"
+        ) from None
+
+
+def _attempt_until_done(session: Session, stop: "StopRequest") -> None:
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
@@ -196,32 +212,30 @@ def _fit_with_retries(session: Session) -> None:
                 if isinstance(worker_cause(error), ConfigError):
                     raise worker_cause(error) from error
                 raise TrainingError(f"run {session.run.name}: {decision.reason}") from error
+        if not stop.asked:
             when = f" in {decision.wait_s:.0f} s" if decision.wait_s >= 1 else ""
             session.console.print(
                 f"{failure.kind} fault: {decision.reason}; continuing from the checkpoint of step {failure.saved_step}{when}",
                 highlight=False,
                 soft_wrap=True,
             )
-            time.sleep(decision.wait_s)
+            stop.wait(decision.wait_s)
+        if stop.asked:
+            raise TrainingError(
+                f"run {session.run.name}: asked to end after a {failure.kind} fault ({failure.reason}); its newest checkpoint "
+                f"is of step {failure.saved_step}; give the same command again to continue"
+            )
 
 
 def _fit(session: Session, attempts: "Attempts") -> None:
     with session.watch.phase("ray_train_imports"):
-        from orchestrator.training.progress import ProgressWatcher, forget_stop
-        from orchestrator.training.stopping import GraceOverError, stop_on_sigterm
+        from orchestrator.training.progress import ProgressWatcher
         from orchestrator.training.trainer import make_trainer
 
         trainer = make_trainer(session, attempts)
-    claim, grace_s = session.run.claim, session.experiment.failure.grace_s
-    forget_stop(claim)
     try:
-        with ProgressWatcher(claim, console=session.console), stop_on_sigterm(claim, grace_s=grace_s):
+        with ProgressWatcher(session.run.claim, console=session.console):
             trainer.fit()
-    except GraceOverError:
-        raise TrainingError(
-            f"run {session.run.name}: asked to end, and ended without waiting longer for its workers (failure.grace_s="
-            f"{grace_s:g}); its newest checkpoint is of step {session.saved_step()}; give the same command again to continue"
-        ) from None
     except SystemExit:
         if is_trial():  # Tune stops a trial that has trained enough
             raise

@@ -16,8 +16,28 @@ class GraceOverError(BaseException):
     """The workers did not end in time, or a second SIGTERM came; raised in the main thread, past what handles exceptions."""
 
 
+class StopRequest:
+    """Whether SIGTERM asked this process to end."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+
+    @property
+    def asked(self) -> bool:
+        """Whether it did."""
+        return self._asked.is_set()
+
+    def set(self) -> None:
+        """Note that it did."""
+        self._asked.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until it does, for at most `timeout_s`."""
+        self._asked.wait(timeout_s)
+
+
 @contextlib.contextmanager
-def stop_on_sigterm(claim: str, *, grace_s: float) -> Iterator[None]:
+def stop_on_sigterm(claim: str, *, grace_s: float) -> Iterator[StopRequest]:
     """While the context lasts, SIGTERM asks the workers of the run `claim` to save and end.
 
     A second SIGTERM raises `GraceOverError`, and so does the first after most of `grace_s`. After the whole of it the process
@@ -27,8 +47,9 @@ def stop_on_sigterm(claim: str, *, grace_s: float) -> Iterator[None]:
     Raises:
         GraceOverError: the run did not end by itself.
     """
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield request
         return
     timers: list[threading.Timer] = []
 
@@ -39,12 +60,13 @@ def stop_on_sigterm(claim: str, *, grace_s: float) -> Iterator[None]:
         timers.append(_timer(_SHARE_OF_WORKERS * grace_s, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         timers.append(_timer(grace_s, lambda: _exit(grace_s)))
         threading.Thread(target=_ask, args=(claim,), daemon=True).start()
+        request.set()
 
     before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        yield
+        yield request
     except BaseException:
-        for timer in timers[:1]:  # the process is about to end: the last timer sees that it does
+        for timer in timers[:1]:  # the last one stays: it limits what the process still does before its end
             timer.cancel()
         raise
     else:

@@ -72,7 +72,6 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield
 
     monkeypatch.setattr(trainer, "make_trainer", lambda *_: Stopped())
-    monkeypatch.setattr(progress, "forget_stop", lambda _: None)
     monkeypatch.setattr(progress, "ProgressWatcher", nothing)
     return SimpleNamespace(
         run=SimpleNamespace(claim="c", name="r"),
