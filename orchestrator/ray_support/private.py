@@ -118,7 +118,7 @@ KEY_VALUE_STORE = (
     PrivateName("ray.experimental.internal_kv", "_internal_kv_list", ("prefix", "namespace")),
     PrivateName("ray._private.state", "GlobalState.job_table", ("self",)),
 )
-"""What every run needs: its public counterpart, a named actor, costs a process."""
+"""What `KeyValueStore` and the credentials need."""
 
 JOB_CLIENT = (
     PrivateName(
@@ -159,41 +159,74 @@ def __getattr__(name: str) -> Any:
 
 
 class KeyValueStore:
-    """Small values in the memory of Ray's head node (its internal key-value store), shared by all processes of a cluster."""
+    """Small values shared by all processes of a cluster, in Ray's internal key-value store on the head node.
+
+    With a Ray that does not have it (`has_key_value_store`), in a named actor, which costs a process.
+    """
 
     def __init__(self, namespace: str = "orchestrator") -> None:
         self._namespace = namespace
 
     def get(self, key: str) -> bytes | None:
         """The value, or None."""
-        from ray.experimental.internal_kv import _internal_kv_get
-
-        value: bytes | None = _internal_kv_get(key, namespace=self._namespace)
+        value: bytes | None = self._call("get", key)
         return value
 
     def put(self, key: str, value: str | bytes) -> None:
         """Set or replace a value."""
-        from ray.experimental.internal_kv import _internal_kv_put
-
-        _internal_kv_put(key, value, namespace=self._namespace)
+        self._call("put", key, value.encode() if isinstance(value, str) else value)
 
     def exists(self, key: str) -> bool:
         """Whether the key has a value."""
-        from ray.experimental.internal_kv import _internal_kv_exists
-
-        return bool(_internal_kv_exists(key, namespace=self._namespace))
+        return bool(self._call("exists", key))
 
     def keys(self, prefix: str) -> list[str]:
         """All keys that begin with `prefix`."""
-        from ray.experimental.internal_kv import _internal_kv_list
-
-        return [key.decode() for key in _internal_kv_list(prefix, namespace=self._namespace)]
+        return [key.decode() for key in self._call("list", prefix)]
 
     def delete(self, key: str) -> None:
         """Remove a value; nothing happens if there is none."""
-        from ray.experimental.internal_kv import _internal_kv_del
+        self._call("del", key)
 
-        _internal_kv_del(key, namespace=self._namespace)
+    def _call(self, name: str, *arguments: str | bytes) -> Any:
+        if has_key_value_store():
+            from ray.experimental import internal_kv
+
+            return getattr(internal_kv, f"_internal_kv_{name}")(*arguments, namespace=self._namespace)
+        import ray
+
+        options: Any = ray.remote(num_cpus=0)(_Values)
+        actor = options.options(
+            name="values", namespace=self._namespace, get_if_exists=True, lifetime="detached"
+        ).remote()
+        return ray.get(actor.call.remote(name, *arguments))
+
+
+@functools.cache
+def has_key_value_store() -> bool:
+    """Whether the installed Ray has the key-value store as it is used here; actors cannot carry credentials in its place."""
+    return not faults(KEY_VALUE_STORE)
+
+
+class _Values:
+    """The values of `KeyValueStore` in an actor."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def call(self, name: str, key: str, value: bytes = b"") -> bytes | bool | list[bytes] | None:
+        match name:
+            case "get":
+                return self._values.get(key)
+            case "exists":
+                return key in self._values
+            case "list":
+                return [name.encode() for name in self._values if name.startswith(key)]
+            case "put":
+                self._values[key] = value
+            case "del":
+                self._values.pop(key, None)
+        return None
 
 
 def in_submitted_job() -> bool:

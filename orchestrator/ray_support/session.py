@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.experiments.spec import AnyExperiment, ScalingConfig, places_read
 from orchestrator.ray_support import credentials
-from orchestrator.ray_support.private import contract_fault
+from orchestrator.ray_support.private import contract_fault, has_key_value_store
 from orchestrator.ray_support.spare_processes import importing, node_imports
 from workloads.errors import ConfigError, RunFailedError
 
@@ -135,6 +135,11 @@ def connect(
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     plain, secret = credentials.divide(variables)
     environment: dict[str, Any] = {"env_vars": plain}
+    if secret and not has_key_value_store():
+        raise ConfigError(
+            f"Ray {ray.__version__} has no key-value store to pass credentials through ({', '.join(sorted(secret))}); "
+            "give the cluster's nodes their own (an instance role, a Secret) and unset them here"
+        )
     if secret:
         key, hook = credentials.promise()
         # Ray would unpack the working directory, credentials file included, on nodes where no process of the job removes it.

@@ -1,4 +1,4 @@
-"""Credentials on a real cluster: every process of the job has them, and nothing has them when the job has ended."""
+"""The key-value store on a real cluster, and the credentials that pass through it: gone when the job has ended."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from orchestrator.ray_support import credentials
+from orchestrator.ray_support import credentials, private
 from orchestrator.ray_support.private import KeyValueStore
 
 DRIVER = """
@@ -75,3 +75,20 @@ def test_a_process_without_its_credentials_says_so(address: str, monkeypatch: py
     monkeypatch.setattr(credentials, "_WAIT_S", 0.3)
     with pytest.raises(credentials.CredentialsMissingError, match="did not arrive within"):
         credentials.fetch()
+
+
+@pytest.mark.parametrize("internal", [True, False], ids=["internal", "actor"])
+def test_values_are_shared_with_and_without_the_internal_store(
+    address: str, monkeypatch: pytest.MonkeyPatch, internal: bool
+) -> None:
+    monkeypatch.setattr(private, "has_key_value_store", lambda: internal)
+    store = KeyValueStore(f"test-{internal}")
+    assert store.get("a/1") is None and not store.exists("a/1") and store.keys("a/") == []
+    store.put("a/1", "one")
+    store.put("a/1", b"two")
+    store.put("b", "three")
+    again = KeyValueStore(f"test-{internal}")
+    assert again.get("a/1") == b"two" and again.exists("a/1") and again.keys("a/") == ["a/1"]
+    again.delete("a/1")
+    again.delete("a/1")
+    assert store.get("a/1") is None
