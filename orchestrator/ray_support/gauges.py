@@ -26,7 +26,7 @@ class RunGauges:
         described = {
             **_OF_A_REPORT,
             "step": ("orchestrator_step", "Steps done."),
-            "checkpoint_age": ("orchestrator_checkpoint_age_seconds", "Seconds since the newest whole checkpoint."),
+            "checkpoint_age": ("orchestrator_checkpoint_age_seconds", "Seconds since the newest complete checkpoint."),
         }
         self._gauges: dict[str, Any] = {
             key: Gauge(name, description=description, tag_keys=("run",))

@@ -40,7 +40,7 @@ class StopRequest:
 def stop_on_sigterm(claim: str, *, grace_s: float) -> Iterator[StopRequest]:
     """While the context lasts, SIGTERM asks the workers of the run `claim` to save and end.
 
-    A second SIGTERM raises `GraceOverError`, and so does the first after most of `grace_s`. After the whole of it the process
+    A second SIGTERM raises `GraceOverError`, and so does the first after most of `grace_s`. After all of it the process
     exits, whatever it waits for; its journal is on disk and is delivered by the next one. Other threads than the main one
     receive no signals, so there nothing changes.
 

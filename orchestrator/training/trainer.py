@@ -1,6 +1,7 @@
 """Builds the trainer for one attempt at a run: Ray Train's `TorchTrainer`, or `PolicyTrainer` where fast paths are used."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray.train
@@ -21,61 +22,60 @@ _TRAIN: Any = ray.train  # its annotations describe Train V1
 
 def make_trainer(session: "Session", attempts: Attempts) -> TorchTrainer:
     """The trainer of one attempt at the session's run."""
-    experiment = session.experiment
-    scaling = experiment.scaling
-    scaling_config = _TRAIN.ScalingConfig(
-        num_workers=scaling.num_workers,
-        elastic_resize_monitor_interval_s=scaling.resize_check_s,
-        use_gpu=scaling.use_gpu,
-        resources_per_worker={"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if scaling.use_gpu else {})},
-        placement_strategy=scaling.placement,
-    )
-    callbacks: list[Any] = [JournalCallback(str(session.journal)), *session.callbacks]
+    scaling = session.experiment.scaling
     options: dict[str, Any] = {
         "train_loop_config": {"job": _job(session)},
         "torch_config": TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        "scaling_config": scaling_config,
+        "scaling_config": _TRAIN.ScalingConfig(
+            num_workers=scaling.num_workers,
+            elastic_resize_monitor_interval_s=scaling.resize_check_s,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if scaling.use_gpu else {})},
+            placement_strategy=scaling.placement,
+        ),
     }
-    where = {
+    where: dict[str, Any] = {
         "name": session.run.name,
         "storage_path": session.run.storage_path,
         "storage_filesystem": session.run.filesystem,
     }
+    callbacks = [JournalCallback(str(session.journal)), *session.callbacks]
+    if session.fast_paths:
+        return _fast_trainer(session, attempts, options, where, callbacks)
+    # A failed attempt comes back to the driver, which judges it, records it and makes the next one.
+    once = _TRAIN.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
     worker: Any = train_worker
-    if not session.fast_paths:
-        # A failed attempt comes back to the driver, which judges it, records it and makes the next one.
-        config = _TRAIN.RunConfig(
-            **where,
-            callbacks=callbacks,
-            failure_config=_TRAIN.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-        )
-        return TorchTrainer(worker, run_config=config, **options)
+    config = _TRAIN.RunConfig(**where, callbacks=callbacks, failure_config=once)
+    return TorchTrainer(worker, run_config=config, **options)
 
-    from orchestrator.training.policies import (
-        ControllerPolicy,
-        ControllerSpare,
-        EmbeddedScaling,
-        LiveNodesScaling,
-        PolicyTrainer,
-        PreemptionThread,
-    )
 
+def _fast_trainer(
+    session: "Session",
+    attempts: Attempts,
+    options: Mapping[str, Any],
+    where: Mapping[str, Any],
+    callbacks: Sequence[ray.train.UserCallback],
+) -> TorchTrainer:
+    """`make_trainer` with every fast path; each line can be taken out on its own."""
+    from orchestrator.training import policies
+
+    experiment, scaling_config = session.experiment, options["scaling_config"]
+    added: list[Any] = []
     if on_cluster():
-        callbacks.append(PreemptionThread())
+        added.append(policies.PreemptionThread())
     if experiment.failure.spare_processes:
-        callbacks.append(ControllerSpare())
-    config = _TRAIN.RunConfig(**where, callbacks=callbacks, worker_runtime_env=WORKER_ENVIRONMENT)
-    fixed = None if on_cluster() else EmbeddedScaling(scaling_config)
-    return PolicyTrainer(
-        worker,
+        added.append(policies.ControllerSpare())
+    config = _TRAIN.RunConfig(**where, callbacks=[*callbacks, *added], worker_runtime_env=WORKER_ENVIRONMENT)
+    fixed = None if on_cluster() else policies.EmbeddedScaling(scaling_config)
+    # Ray Data feeds no worker; a local Ray ends with this process, so nobody can lose its driver.
+    unused = {"DatasetsCallback"} if on_cluster() else {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    return policies.PolicyTrainer(
+        train_worker,
         run_config=config,
         **options,
-        failure_policy=ControllerPolicy(config.failure_config, attempts),
-        scaling_policy=LiveNodesScaling(scaling_config) if scaling.is_elastic else fixed,
-        # Ray Data feeds no worker; a local Ray ends with this process, so nobody can lose its driver.
-        unused=frozenset(
-            {"DatasetsCallback"} if on_cluster() else {"DatasetsCallback", "PlacementGroupCleanerCallback"}
-        ),
+        failure_policy=policies.ControllerPolicy(config.failure_config, attempts),
+        scaling_policy=policies.LiveNodesScaling(scaling_config) if experiment.scaling.is_elastic else fixed,
+        unused=frozenset(unused),
         here=is_trial(),
     )
 

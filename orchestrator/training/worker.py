@@ -107,7 +107,7 @@ class RayRuntime:
         self._sender.send(report, artifacts)
 
     def restore(self) -> Restored | None:
-        """The newest whole checkpoint of the run's storage, the same on every rank.
+        """The newest complete checkpoint of the run's storage, the same on every rank.
 
         The reports that its writer had not confirmed are sent once more.
         """
@@ -139,7 +139,7 @@ class RayRuntime:
             self._writer.flush()
 
     def saved_step(self) -> int | None:
-        """The step of the newest checkpoint that is known to be whole."""
+        """The step of the newest checkpoint that is known to be complete."""
         written = self._writer.newest if self._writer is not None else None
         return written.step if written is not None else self._restored_step
 
