@@ -27,7 +27,7 @@ from orchestrator.sweeps.stages import Stage, final_stage, search_stage
 from orchestrator.sweeps.tuning import SweepError, SweepStoppedError, prepare_tune, tune_trials
 from orchestrator.tracking.addresses import tracking_uri
 from orchestrator.training import PRELOAD
-from workloads.config import config_hash, to_dict
+from workloads.config import config_hash
 from workloads.errors import ConfigError, DataError
 
 
@@ -49,7 +49,7 @@ def sweep_name(experiment: SweepExperiment) -> str:
 
 
 def _identity(experiment: SweepExperiment) -> str:
-    return config_hash([to_dict(experiment.science), to_dict(experiment.sweep)])
+    return config_hash([experiment.science, experiment.sweep])
 
 
 def sweep(experiment: SweepExperiment, *, console: Any, resume: bool = False, debug: bool = False) -> SweepOutcome:

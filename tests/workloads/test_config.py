@@ -1,10 +1,14 @@
 """One grammar of dotted keys: YAML, overrides, and errors in words."""
 
+from typing import Annotated
+
 import pytest
 
 from workloads.config import (
+    ADDED_LATER,
     apply_overrides,
     build,
+    config,
     config_hash,
     describe,
     flatten,
@@ -115,3 +119,24 @@ def test_a_config_survives_yaml_and_its_hash_is_of_its_values():
 def test_every_key_has_a_help_text():
     assert [key for key, _, help_text in describe(PretrainConfig) if not help_text] == []
     assert "optimizer.trust" in valid_keys(PretrainConfig)
+
+
+def test_a_key_that_a_later_release_added_changes_the_hash_only_where_it_is_set() -> None:
+    @config
+    class Before:
+        steps: int = 10
+
+    @config
+    class After:
+        steps: int = 10
+        warmup: Annotated[int, ADDED_LATER] = 0
+        """Steps of warm-up."""
+
+    @config
+    class Outer:
+        inner: After = After()
+
+    assert config_hash(After()) == config_hash(Before()) != config_hash(After(warmup=1))
+    assert config_hash(Outer()) == config_hash({"inner": {"steps": 10}}) != config_hash(Outer(inner=After(warmup=1)))
+    assert config_hash([After()]) == config_hash([Before()])
+    assert to_dict(After()) == {"steps": 10, "warmup": 0}  # it is stored all the same

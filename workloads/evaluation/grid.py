@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workloads.config import config_hash, to_dict
+from workloads.config import to_dict
 from workloads.data.loading.loaders import EvalLoader
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.store.manifest import Dataset
@@ -99,7 +99,7 @@ class GridEvaluation:
         record = {
             "figures": figures,
             "protocol": to_dict(protocol),
-            "protocol_sha256": config_hash(protocol),
+            "protocol_sha256": grid_accuracy.protocol_hash(protocol),
             "dataset_manifest_sha256": self.dataset.manifest.sha256,
         }
         arrays = {f"{suite}/{name}": column for suite, table in tables.items() for name, column in table.items()}

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.config import config
+from workloads.config import ADDED_LATER, config, config_hash, to_dict
 from workloads.data.views.cells import cell_of, cells_inside, centers_inside, one_hot_cell
 from workloads.data.views.counter_random import stream, text_keys
 from workloads.data.views.crops import JitterConfig, ViewsConfig, render_views
@@ -37,6 +37,8 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Rule = Literal["centre", "strict"]
 RULES: tuple[Rule, ...] = ("centre", "strict")
 """When the most similar cell counts as a hit; see the module's docstring."""
+
+_DEFINITION = 2  # 1: RIGA with the initial statistics of BatchNorm, the strict rule for the mean map alone
 
 CALIBRATION_BATCH = 32
 """Images in each batch of `calibrate`; part of the protocol, because batch statistics depend on it."""
@@ -61,7 +63,7 @@ class GridAccuracyConfig:
     """Least and largest side of a crop, as a share of the image's longer side."""
     untrained_networks: Annotated[int, Field(ge=0)] = 5
     """Untrained networks pooled in RIGA; 0 leaves RIGA and GAP-R out."""
-    statistics_images: Annotated[int, Field(ge=1)] = 128
+    statistics_images: Annotated[int, Field(ge=1), ADDED_LATER] = 128
     """Images, the first of the evaluation set, on which the batch statistics of untrained networks are measured."""
     pixel_windows: tuple[Annotated[int, Field(ge=4)], ...] = (12, 16, 20, 24, 28, 32)
     """Window sides tried by the colour-statistics baseline (`pixel`), pixels of the view; the best one counts."""
@@ -84,6 +86,11 @@ class GridAccuracyConfig:
             crop_scale=self.crop_scale,
             jitter=JitterConfig(share=share, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0, grey=0.2),
         )
+
+
+def protocol_hash(protocol: GridAccuracyConfig) -> str:
+    """SHA-256 (hex) of the protocol and of the definition of its figures: only figures of equal hashes can be compared."""
+    return config_hash({"definition": _DEFINITION, "protocol": to_dict(protocol)})
 
 
 @runtime_checkable
