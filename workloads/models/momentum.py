@@ -1,4 +1,4 @@
-"""What changes slowly beside the networks that are trained: their moving average, and a queue of what it made."""
+"""EMA target networks (`target_of`, `follow`) and the queue of their keys (`KeyQueue`, MoCo)."""
 
 import copy
 import math
@@ -6,20 +6,20 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def target_of(online: M) -> M:
-    """A copy of `online` that no gradient reaches; `follow` keeps it a moving average."""
+    """A copy of `online` without gradients, whose moving average `follow` maintains."""
     return copy.deepcopy(online).requires_grad_(False)
 
 
-@torch.no_grad()
 def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """target ← momentum · target + (1 − momentum) · online; buffers, such as running statistics, are the target's own."""
-    ours: list[Tensor] = list(target.parameters())
-    torch._foreach_lerp_(ours, list(online.parameters()), 1.0 - momentum)
+    """target ← momentum · target + (1 − momentum) · online; buffers, such as running statistics, are not averaged."""
+    targets: list[Tensor] = list(target.parameters())
+    get_ema_multi_avg_fn(momentum)(targets, list(online.parameters()), None)
 
 
 def cosine_momentum(start: float, step: int, steps: int) -> float:
@@ -28,9 +28,9 @@ def cosine_momentum(start: float, step: int, steps: int) -> float:
 
 
 class KeyQueue(nn.Module):
-    """The newest keys of earlier steps, first in first out, the same on every rank and kept with the checkpoint.
+    """The newest keys of earlier steps, first in first out, the same on every rank and stored with the checkpoint.
 
-    Nothing here waits for the device: how many keys a step brings may differ and is known to the device alone.
+    Nothing here waits for the device: the number of valid keys differs between steps and is known to the device alone.
     """
 
     keys: Tensor
@@ -39,27 +39,27 @@ class KeyQueue(nn.Module):
 
     def __init__(self, size: int, channels: int) -> None:
         super().__init__()
-        # One row more than there are places: keys that do not count are written there.
+        # One row more than the size: invalid keys are written there.
         self.register_buffer("keys", torch.zeros(size + 1, channels))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property
     def size(self) -> int:
-        """Places."""
+        """The largest number of keys."""
         return self.keys.shape[0] - 1
 
     def contents(self) -> tuple[Tensor, Tensor]:
-        """Keys (size, C) and which of the places hold one, bool (size,)."""
+        """Keys (size, C) and which rows hold one, bool (size,)."""
         places = torch.arange(self.size, device=self.keys.device)
         return self.keys[:-1], places < self.count
 
     @torch.no_grad()
     def push(self, keys: Tensor, valid: Tensor) -> None:
-        """Put the valid ones of the global batch's keys, (n, C) and bool (n,), in the places of the oldest.
+        """Replace the oldest keys by the valid ones of the global batch's keys, (n, C) and bool (n,).
 
         Raises:
-            ValueError: more keys than places, of which some would be written twice.
+            ValueError: more keys than the queue holds; some rows would be written twice.
         """
         if keys.shape[0] > self.size:
             raise ValueError(f"{keys.shape[0]} keys do not fit into a queue of {self.size}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.config import config
@@ -28,7 +28,7 @@ _HEADS = ("head.", "fc_norm.", "pre_logits.")
 
 @config
 class VitConfig:
-    """Which vision transformer, from where."""
+    """Architecture and weights of a vision transformer."""
 
     name: VitName = "vit_tiny"
     """Architecture, timm's; vit_small_dino is vit_small as DINO's weights have it."""
@@ -36,8 +36,8 @@ class VitConfig:
     """none: random; timm: downloaded by timm; else a local file, .safetensors or a PyTorch file of tensors such as DINO's."""
     patch_size: Annotated[int, Field(ge=2)] = 16
     """Side of a patch, pixels."""
-    depth: PositiveInt = 12
-    """Blocks; other than 12 is another model, for which there are no public weights."""
+    depth: Annotated[int, Field(ge=2)] = 12
+    """Number of blocks; public weights exist for 12 only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class LastAttention:
-    """What the last block attends with; N = grid_hw[0] · grid_hw[1] patches, row by row, without CLS."""
+    """Keys and CLS attention of the last block; N = grid_hw[0] · grid_hw[1] patches in row-major order, without CLS."""
 
     keys: Tensor  # (B, N, D): all heads side by side, as DINO's users take them
     cls_attention: Tensor  # (B, heads, N): weights from CLS to each patch; a row sums to 1 minus CLS's own
@@ -93,7 +93,7 @@ class VitTrunk(nn.Module):
 
     def forward(self, images: Tensor) -> Tokens:
         """(B, 3, h, w), normalised with ImageNet's statistics, to its tokens; h and w are multiples of the patch."""
-        tokens = self.body.norm(self.body.blocks[-1](self._before_last_block(images)))
+        tokens = self.body.forward_features(images)
         return Tokens(cls=tokens[:, 0], patches=tokens[:, 1:].mT.unflatten(2, self._grid_hw(images)))
 
     @property
@@ -126,12 +126,16 @@ class VitTrunk(nn.Module):
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
 
     def _before_last_block(self, images: Tensor) -> Tensor:
-        """(B, 1 + N, D), as timm's `forward_features` has it there."""
-        body = self.body
-        x = body.norm_pre(body.patch_drop(body._pos_embed(body.patch_embed(images))))
-        for block in body.blocks[:-1]:
-            x = block(x)
-        return x
+        """The input of the last block, (B, 1 + N, D), CLS first."""
+        ((patches, prefix),) = self.body.forward_intermediates(
+            images,
+            indices=[len(self.body.blocks) - 2],
+            return_prefix_tokens=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return torch.cat([prefix, patches], dim=1)
 
 
 def load_vit_weights(trunk: VitTrunk, path: str | Path) -> None:

@@ -134,8 +134,7 @@ class DetCo(nn.Module):
             {f"{k}_{s}": KeyQueue(settings.queue_size, settings.projection_dim) for k in _KINDS for s in STAGES}
         )
         self._fresh: tuple[Tensor, Tensor] | None = None  # keys of this step and whether they count, until the update
-        # Equal on every rank already; DDP would send them from rank 0 at every step.
-        self._ddp_params_and_buffers_to_ignore = [f"queues.{name}" for name, _ in self.queues.named_buffers()]
+        self.buffers_equal_on_ranks = [f"queues.{name}" for name, _ in self.queues.named_buffers()]
 
     @property
     def trunk(self) -> Trunk:

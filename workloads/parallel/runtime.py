@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TextIO
 import torch
 import torch.distributed as dist
 from pyarrow.fs import LocalFileSystem
+from torch.nn.parallel import DistributedDataParallel
 
 from workloads.errors import RunStoppedError
 from workloads.parallel.distributed import from_rank_0, group_for, largest_over_ranks, world_size
@@ -126,11 +127,16 @@ def pick_device() -> torch.device:
 
 
 def averaging_gradients(module: torch.nn.Module, device: torch.device, world_size: int) -> torch.nn.Module:
-    """`module`, already on `device`, wrapped so that several ranks average its gradients (DDP)."""
+    """`module`, already on `device`, wrapped so that several ranks average its gradients (DDP).
+
+    DDP sends rank 0's buffers to all ranks at every step, except those named in the module's `buffers_equal_on_ranks`.
+    """
     if world_size == 1:
         return module
+    if equal := getattr(module, "buffers_equal_on_ranks", None):
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, equal)
     ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids, process_group=group_for(device))
+    return DistributedDataParallel(module, device_ids=ids, process_group=group_for(device))
 
 
 class LocalRuntime:

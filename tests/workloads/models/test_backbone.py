@@ -51,26 +51,53 @@ def test_levels_come_in_order_at_their_strides(levels):
     assert all(p.shape[-1] == 256 // STRIDES[level] for level, p in pyramid.items())
 
 
-def normalize_on_rank(rank: int, world_size: int) -> dict:
+SHARES = {1: [7], 3: [4, 2, 1]}
+
+
+def normalize_on_rank(rank: int, world_size: int, mean: float, dtype: torch.dtype) -> dict:
+    """Values of deviation 1 about `mean` through torch's norm on one process and ours on three."""
     torch.manual_seed(0)
-    x = torch.randn(7, 3, 4, 5, dtype=torch.float64) * 3 + 100  # a mean far from zero
+    x = (torch.randn(7, 3, 4, 5, dtype=torch.float64) + mean).float().to(dtype)  # the same float32 values in both
     weight = torch.randn(7, 3, 4, 5, dtype=torch.float64)
-    norm = (torch.nn.BatchNorm2d(3) if world_size == 1 else GlobalBatchNorm2d(3)).double()
-    shares = {1: [7], 3: [4, 2, 1]}[world_size]
-    rows = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+    norm = (torch.nn.BatchNorm2d(3) if world_size == 1 else GlobalBatchNorm2d(3)).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        norm.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
+    first = sum(SHARES[world_size][:rank])
+    rows = slice(first, first + SHARES[world_size][rank])
     part = x[rows].clone().requires_grad_()
     out = norm(part)
     (out * weight[rows]).sum().backward()
-    return {"out": out.detach(), "gradient": part.grad, "mean": norm.running_mean, "var": norm.running_var}
+    return {
+        "out": out.detach().double(),
+        "gradient": part.grad.double(),
+        "weight": norm.weight.grad.double(),
+        "bias": norm.bias.grad.double(),
+        "mean": norm.running_mean.double(),
+        "var": norm.running_var.double(),
+    }
+
+
+CASES = [(33.0, torch.float64, 1e-9), (1000.0, torch.float32, 4e-4), (3000.0, torch.float32, 1e-3)]
+"""Mean over deviation, the precision that ours computes in, and how far it may be from BatchNorm in float64."""
+
+
+def all_cases(rank: int, world_size: int) -> list[dict]:
+    return [normalize_on_rank(rank, world_size, mean, dtype) for mean, dtype, _ in CASES]
 
 
 def test_global_batch_norm_on_three_uneven_ranks_is_batch_norm_on_one(tmp_path):
-    alone = normalize_on_rank(0, 1)
-    ranks = run_on_ranks(normalize_on_rank, 3, tmp_path)
-    for name in ("out", "gradient"):
-        torch.testing.assert_close(torch.cat([r[name] for r in ranks]), alone[name], rtol=0, atol=1e-9)
-    for name in ("mean", "var"):
-        torch.testing.assert_close(ranks[2][name], alone[name], rtol=1e-9, atol=1e-9)
+    ranks = run_on_ranks(all_cases, 3, tmp_path)
+    for case, (mean, _, tolerance) in enumerate(CASES):
+        alone = normalize_on_rank(0, 1, mean, torch.float64)
+        found = [rank[case] for rank in ranks]
+        for name in ("out", "gradient"):
+            torch.testing.assert_close(torch.cat([r[name] for r in found]), alone[name], rtol=0, atol=tolerance)
+        for name in ("weight", "bias"):  # DDP would average these
+            total = torch.stack([r[name] for r in found]).sum(0)
+            torch.testing.assert_close(total, alone[name], rtol=0, atol=20 * tolerance)
+        for name in ("mean", "var"):
+            torch.testing.assert_close(found[2][name], alone[name], rtol=tolerance, atol=tolerance)
 
 
 def test_group_norm_has_no_statistics_and_projector_takes_one_crop():
