@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.datasets.build import build_dataset
 from tests.workloads.data.images import make_folder
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
@@ -19,6 +18,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """48 images in 2 shards of several row groups each."""
+    from orchestrator.datasets.build import build_dataset
+
     output = tmp_path_factory.mktemp("dataset")
     build = BuildConfig(
         source=FolderSourceConfig(inputs=(str(folder),)), output=str(output), rows_per_shard=24, row_group_bytes=8000

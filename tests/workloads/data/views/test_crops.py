@@ -111,7 +111,8 @@ def test_same_image_same_views_in_any_share_of_the_batch():
     assert not torch.equal(other.geometry.box_xyxy, whole.geometry.box_xyxy)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_same_views_on_the_gpu():
     images = torch.randint(0, 256, (4, 3, 48, 64), dtype=torch.uint8)
     cpu = make_views(batch_of(images), ViewsConfig(), seed=5)
