@@ -17,10 +17,10 @@ def test_figures_of_two_models(coco: dict[str, str], tmp_path: Path, capsys: pyt
         coco["train"],
         "global_batch_size=4",
         "data.lanes=4",
-        "views.full_size=32",
+        "views.full_size=64",
         "views.crop_size=16",
     ]
-    main(["--models", "compare_anchor", "--steps", "1", "--json", str(file), *sharded, "data.decode_size=48"])
+    main(["--models", "compare_anchor", "--steps", "1", "--json", str(file), *sharded, "data.decode_size=64"])
     printed = capsys.readouterr().out
     ready, read = (json.loads(text) for text in (printed[: -len(file.read_text())], file.read_text()))
     for result, name in ((ready, "compare_ntxent"), (read, "compare_anchor")):
