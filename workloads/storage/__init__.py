@@ -1,1 +1,1 @@
-"""Filesystems and checkpoints."""
+"""Storage: file systems, atomic writes, free space and checkpoints."""

@@ -1,4 +1,4 @@
-"""From a path or URI to a pyarrow file system; what is worth another try there, and `s3://` for every fsspec user."""
+"""Opens local paths and `s3://` URIs: `resolve_uri`, `read_bytes`, `atomic_write`, and `with_retries` for outages."""
 
 import io
 import os
@@ -24,11 +24,11 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
 ATTEMPTS = 6
-"""Tries of one read before it fails; with the waits between them they span about 15 s of outage."""
+"""Attempts of one read before it fails; with the waits between them they span about 15 s of outage."""
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 8.0
 
-# What no repetition mends: wrong credentials, no such bucket or key, a request the service does not understand.
+# Errors that another attempt would meet again: wrong credentials, no such bucket or key, a request that S3 rejects.
 _FINAL = re.compile(
     r"HTTP status 40[0134]|ACCESS_DENIED|NO_SUCH_(BUCKET|KEY)|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
     r"|RESOURCE_NOT_FOUND|Path does not exist|Not a regular file|[Cc]ould ?n.t resolve host",
@@ -36,7 +36,7 @@ _FINAL = re.compile(
 
 
 def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system and the path within it that a local path or a URI (`s3://bucket/prefix`) stands for.
+    """The pyarrow file system, and the path within it, of a local path or a URI (`s3://bucket/prefix`).
 
     S3 takes its endpoint, region and credentials from the usual environment: AWS_ENDPOINT_URL, AWS_REGION,
     AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or the machine's role.
@@ -59,11 +59,11 @@ def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def s3_filesystem() -> pafs.S3FileSystem:
-    """pyarrow's S3 as the environment configures it, with timeouts; one connection pool for each configuration."""
+    """pyarrow's S3 file system, configured by the environment, with timeouts; one connection pool per configuration."""
     register_with_fsspec()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    # The credentials are part of the key only so that a change of the environment makes a new client.
+    # The credentials are part of the cache's key only so that a change of the environment creates a new client.
     return _s3_filesystem(endpoint, region, tuple(os.environ.get(name) for name in _CREDENTIALS))
 
 
@@ -84,7 +84,7 @@ def _s3_filesystem(endpoint: str | None, region: str, credentials: tuple[str | N
     )
 
 
-# How a store that is down, overloaded or cut off speaks through pyarrow.
+# pyarrow's messages for a store that is down, overloaded or cut off.
 _OUTAGE = re.compile(
     r"HTTP status 5\d\d|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT|curlCode|"
     r"[Cc]onnection|[Tt]imed? ?out",
@@ -92,22 +92,22 @@ _OUTAGE = re.compile(
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the store did not answer, so that a later try may succeed; not: what it gave is damaged."""
+    """Whether the store did not answer, so that a later attempt may succeed; damaged data is no outage."""
     return isinstance(error, OSError) and not is_final(error) and _OUTAGE.search(str(error)) is not None
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether no repetition would mend `error`: no such place, not allowed, no such host."""
+    """Whether another attempt would fail with the same error: no such file or host, no permission."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return True
     return not isinstance(error, OSError) or _FINAL.search(str(error)) is not None
 
 
 def with_retries(operation: Callable[[], T], *, attempts: int = ATTEMPTS) -> T:
-    """Do `operation`; on 5xx, timeouts and cut connections again, after growing, jittered waits.
+    """Call `operation`; on 5xx, timeouts and cut connections call it again, after growing, jittered waits.
 
     Raises:
-        OSError: the last one, or the first one that no repetition would mend (403, 404, no such host).
+        OSError: of the last attempt, or the first one that is final (403, 404, no such host).
     """
     for attempt in range(1, attempts + 1):
         try:
@@ -120,7 +120,7 @@ def with_retries(operation: Callable[[], T], *, attempts: int = ATTEMPTS) -> T:
 
 
 def read_bytes(filesystem: pafs.FileSystem, path: str, *, attempts: int = ATTEMPTS) -> bytes:
-    """The whole of one file."""
+    """Read one file, with retries on S3."""
 
     def read() -> bytes:
         with filesystem.open_input_stream(path) as stream:
@@ -130,7 +130,7 @@ def read_bytes(filesystem: pafs.FileSystem, path: str, *, attempts: int = ATTEMP
 
 
 PARTIAL = ".partial-"
-"""Part of the name of a file that is being written; what a killed process leaves has it too."""
+"""Part of the name of a file that is being written, or that a killed process did not finish."""
 _BUFFERED_BYTES = 16 << 20
 
 
@@ -163,7 +163,7 @@ def atomic_write(filesystem: pafs.FileSystem, path: str, *, attempts: int = ATTE
 
 @contextmanager
 def _replaced(path: str) -> Iterator[BinaryIO]:
-    """A local file that takes the place of `path` when the block ends."""
+    """A local file that replaces `path` when the block ends."""
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     partial = f"{path}{PARTIAL}{uuid.uuid4().hex[:12]}"  # no process on any machine that shares the disk has the same
@@ -225,7 +225,7 @@ class _Upload(io.RawIOBase):
 
 
 class ArrowS3(ArrowFSWrapper):
-    """fsspec's view of pyarrow's S3, so that one client, one configuration and no s3fs serve the whole process."""
+    """pyarrow's S3 for fsspec, so that one client and one configuration serve the process, without s3fs."""
 
     protocol = ("s3", "s3a")
     root_marker = ""
@@ -241,6 +241,6 @@ class ArrowS3(ArrowFSWrapper):
 
 
 def register_with_fsspec() -> None:
-    """Make `s3://` mean pyarrow's S3 for every fsspec user in this process (pandas, datasets, Ray)."""
+    """Register pyarrow's S3 for `s3://` with fsspec, and so for pandas, datasets and Ray in this process."""
     for scheme in ArrowS3.protocol:
         fsspec.register_implementation(scheme, ArrowS3, clobber=True)

@@ -146,7 +146,7 @@ def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         build_dataset(folder_build(tmp_path / "gone", tmp_path / "out"))
     (tmp_path / "bare").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="has no images"):
         build_dataset(folder_build(tmp_path / "bare", tmp_path / "out"))
     (tmp_path / "bare" / "a.jpg").write_bytes(b"words")
     with pytest.raises(DataError, match="none of the 1 files"):

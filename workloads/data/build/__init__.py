@@ -1,1 +1,1 @@
-"""Turns sources of images into rows and shards."""
+"""Building datasets: lists sources of images, and turns images into rows and shards."""

@@ -1,4 +1,4 @@
-"""Existing Parquet files as a source: their rows listed, their images fetched row by row.
+"""Parquet files as a source: `list_parquet` lists their rows, `ParquetRows` fetches their images.
 
 A dataset's rows are dealt out by hash, so neighbours in a shard come from anywhere in the source: row groups read are kept
 for the next row that wants them, as many as fit in `CACHE_BYTES`. A source much larger than that is read several times.
@@ -21,7 +21,7 @@ CACHE_BYTES = 1 << 30
 def list_parquet(
     uri: str, *, prefix: str, image_column: str, id_column: str | None, label_column: str | None, schema: pa.Schema
 ) -> pa.Table:
-    """The rows of one file, or of the files below one folder, as a listing of `schema`.
+    """List the rows of one file, or of the files below a folder, as a table of `schema`.
 
     Raises:
         DataError: no Parquet file there, one that cannot be read, or a column that is missing.
@@ -48,20 +48,22 @@ def _parquet_files(uri: str, filesystem: pafs.FileSystem, root: str) -> list[str
     except OSError as error:
         raise DataError(f"{uri}: cannot be listed ({error}); give Parquet files or a folder of them") from None
     # The tables beside a dataset's shards hold no images.
-    ours = ("row_groups.parquet", "rejects.parquet")
-    files = sorted(i.path for i in infos if i.path.endswith(".parquet") and i.base_name not in ours)
+    tables = ("row_groups.parquet", "rejects.parquet")
+    files = sorted(i.path for i in infos if i.path.endswith(".parquet") and i.base_name not in tables)
     if not files:
-        raise DataError(f"{uri}: holds no .parquet files; mend source.inputs")
+        raise DataError(f"{uri}: has no .parquet files; correct source.inputs")
     return files
 
 
 def _columns(
     name: str, schema: pa.Schema, image_column: str, id_column: str | None, label_column: str | None
 ) -> dict[str, str | None]:
-    """Which column of the file gives each column of the listing."""
+    """The file's column for each column of the listing."""
     for column in (image_column, id_column, label_column):
         if column is not None and column not in schema.names:
-            raise DataError(f"{name}: has no column {column!r}, only {', '.join(schema.names)}; mend source.*_column")
+            raise DataError(
+                f"{name}: has no column {column!r}, only {', '.join(schema.names)}; correct source.*_column"
+            )
     kind = schema.field(image_column).type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or "bytes" in _field_names(kind)):
         raise DataError(f"{name}: column {image_column!r} is {kind}, neither binary nor a struct with bytes")
@@ -85,7 +87,7 @@ def _list_file(
     groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     places = [(group, row) for group, rows in enumerate(groups) for row in range(rows)]
     paths = [f"{name}#{number}" for number in range(len(places))]
-    found: dict[str, Any] = {
+    listed: dict[str, Any] = {
         "path": pa.array(paths, pa.string()),
         "location": pa.array([f"{path}#{group}#{row}" for group, row in places], pa.string()),
         "image_id": pa.array(paths, pa.string()),
@@ -96,14 +98,14 @@ def _list_file(
         if column is None:
             continue
         if target == "objects":
-            found[target] = _objects(table[column], schema.field("objects").type)
+            listed[target] = _objects(table[column], schema.field("objects").type)
         else:
-            found[target] = table[column].cast(pa.string())
-    return pa.table([found[field.name] for field in schema], schema=schema)
+            listed[target] = table[column].cast(pa.string())
+    return pa.table([listed[field.name] for field in schema], schema=schema)
 
 
 def _objects(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
-    """Objects that look like ours are carried along, others are not ours to interpret."""
+    """Objects in the form of `OBJECTS_TYPE`; a column of another form gives none."""
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     if not (is_list and {"bbox", "category"} <= _field_names(column.type.value_type)):
         return pa.nulls(len(column), kind)
@@ -143,7 +145,7 @@ class ParquetRows:
         return data
 
     def _group(self, path: str, group: int) -> pa.Array:
-        with self._lock:  # one thread reads, the others of this shard then find it
+        with self._lock:  # one thread reads, the other threads of this shard wait for it
             key = (path, group)
             if key in self._groups:
                 self._groups.move_to_end(key)

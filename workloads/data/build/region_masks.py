@@ -1,4 +1,4 @@
-"""Regions of an image as a dataset stores them: a number for each pixel, from 1 on, 0 for none; encoded as 16-bit grey PNG."""
+"""`compute_regions`: the region masks that a build stores with an image, one number a pixel, from 1 on, 0 for none."""
 
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -16,45 +16,45 @@ from workloads.storage.filesystems import read_bytes, resolve_uri
 
 @config
 class GridColumnConfig:
-    """The cells of a grid over the image."""
+    """Regions that are the cells of a grid over the image."""
 
     size: Annotated[int, Field(ge=1, le=64)] = 5
     """Cells a side."""
 
 
 @config
-class FelzenszwalbConfig:
-    """Felzenszwalb and Huttenlocher's graph-based segmentation (IJCV 2004), as DetCon uses it, at full resolution."""
+class FelzenszwalbColumnConfig:
+    """Regions by Felzenszwalb and Huttenlocher's graph-based segmentation (IJCV 2004), as in DetCon, at full resolution."""
 
     scale: PositiveFloat = 1000.0
-    """Larger: larger regions."""
+    """Scale of observation, as scikit-image defines it; a larger one gives larger regions."""
     sigma: PositiveFloat = 0.8
-    """Standard deviation, pixels, of the Gaussian before it."""
+    """Standard deviation, pixels, of the Gaussian that smooths the image first."""
     min_size: PositiveInt = 1000
-    """Pixels of the smallest region."""
+    """Size, pixels, below which regions are merged."""
 
 
 @config
-class SlicConfig:
-    """Superpixels by K-means in colour and place (PAMI 2012)."""
+class SlicColumnConfig:
+    """Regions that are SLIC superpixels: K-means in colour and position (PAMI 2012)."""
 
     segments: PositiveInt = 25
-    """About how many regions."""
+    """Approximate number of regions."""
     compactness: PositiveFloat = 10.0
-    """Larger: squarer regions."""
+    """Weight of position against colour; a larger one gives squarer regions."""
 
 
 @config
-class PanopticConfig:
-    """COCO's panoptic masks: what people have drawn."""
+class PanopticColumnConfig:
+    """Regions from COCO's panoptic masks, which people have drawn."""
 
     masks: str
-    """Folder (path or URI) of the PNG files, each named as its image; an image without one has no regions."""
+    """Folder (path or URI) of PNG files, each with its image's name; an image without one has no regions."""
 
 
 @config
-class ColumnConfig:
-    """A column of a Parquet source that holds masks: PNG bytes, or a struct with them, grey of 8 or 16 bits."""
+class SourceColumnConfig:
+    """Regions from a column of a Parquet source: PNG bytes, or a struct with them, grey of 8 or 16 bits."""
 
     name: str
     """Name of the column."""
@@ -62,13 +62,13 @@ class ColumnConfig:
 
 @config
 class RegionColumnsConfig:
-    """Which columns of regions a build adds; each is named `regions_` and the name of its source."""
+    """The columns of regions that a build adds; each is named `regions_` and the name of its source."""
 
     grid: GridColumnConfig | None = None
-    felzenszwalb: FelzenszwalbConfig | None = None
-    slic: SlicConfig | None = None
-    panoptic: PanopticConfig | None = None
-    column: ColumnConfig | None = None
+    felzenszwalb: FelzenszwalbColumnConfig | None = None
+    slic: SlicColumnConfig | None = None
+    panoptic: PanopticColumnConfig | None = None
+    column: SourceColumnConfig | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -80,43 +80,43 @@ class RegionColumnsConfig:
 def compute_regions(
     image: Tensor, path: str, settings: RegionColumnsConfig, read_column: Callable[[], bytes] | None
 ) -> dict[str, np.ndarray | None]:
-    """The regions of one upright image, uint8 (3, H, W): column → int32 (H, W), or None where it has none.
+    """Compute the regions of one upright image, uint8 (3, H, W): column → int32 (H, W), or None where it has none.
 
     Args:
-        path: of the image within its source, by whose name panoptic masks are found.
-        read_column: bytes of the foreign column.
+        path: of the image within its source; its name is that of the panoptic mask.
+        read_column: reads the bytes of the source's column of masks.
 
     Raises:
-        RegionsError: a mask has another size than its image, or is no mask.
+        RegionsError: a mask has another size than its image, or is not a mask.
         OSError: a mask cannot be read.
     """
     height, width = image.shape[1:]
-    found: dict[str, np.ndarray | None] = {}
+    regions: dict[str, np.ndarray | None] = {}
     if settings.grid is not None:
-        found["grid"] = _grid(height, width, settings.grid.size)
+        regions["grid"] = _grid(height, width, settings.grid.size)
     if settings.felzenszwalb is not None:
         from skimage.segmentation import felzenszwalb
 
         segments = settings.felzenszwalb
         pixels = image.permute(1, 2, 0).numpy()
-        found["felzenszwalb"] = _dense(
+        regions["felzenszwalb"] = _dense(
             felzenszwalb(pixels, scale=segments.scale, sigma=segments.sigma, min_size=segments.min_size) + 1
         )
     if settings.slic is not None:
         from skimage.segmentation import slic
 
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-        found["slic"] = _dense(
+        regions["slic"] = _dense(
             slic(pixels, n_segments=settings.slic.segments, compactness=settings.slic.compactness, start_label=1)
         )
     if settings.panoptic is not None:
-        found["panoptic"] = _panoptic(settings.panoptic, path)
+        regions["panoptic"] = _panoptic(settings.panoptic, path)
     if settings.column is not None and read_column is not None:
-        found[settings.column.name] = _dense(decode_regions(read_column()))
-    for name, ids in found.items():
+        regions[settings.column.name] = _dense(decode_regions(read_column()))
+    for name, ids in regions.items():
         if ids is not None and ids.shape != (height, width):
             raise RegionsError(f"{name} is {ids.shape[1]}x{ids.shape[0]} pixels, the image {width}x{height}")
-    return found
+    return regions
 
 
 def _grid(height: int, width: int, size: int) -> np.ndarray:
@@ -125,7 +125,7 @@ def _grid(height: int, width: int, size: int) -> np.ndarray:
     return (1 + row[:, None] * size + column).astype(np.int32)
 
 
-def _panoptic(settings: PanopticConfig, path: str) -> np.ndarray | None:
+def _panoptic(settings: PanopticColumnConfig, path: str) -> np.ndarray | None:
     filesystem, root = resolve_uri(settings.masks)
     try:
         data = read_bytes(filesystem, f"{root}/{PurePosixPath(path).stem}.png")
@@ -143,7 +143,7 @@ def _dense(ids: np.ndarray) -> np.ndarray:
     """The same regions numbered from 1 without gaps, in the order of their numbers; 0 stays 0.
 
     Raises:
-        RegionsError: more than 16 bits can tell apart.
+        RegionsError: more regions than 16 bits can number.
     """
     known, index = np.unique(ids, return_inverse=True)
     if len(known) > MOST_REGIONS:

@@ -1,4 +1,4 @@
-"""One row: how an image, as a source lists it, becomes what a shard stores of it, or a reject."""
+"""`RowBuilder`: turns an image that a source lists into a row of a shard, or a `Reject`."""
 
 import functools
 import hashlib
@@ -48,7 +48,7 @@ _FEATURES: dict[str, Any] = {
 
 
 def stored_schema(regions: Iterable[str] = ()) -> pa.Schema:
-    """A shard's columns, with those of `regions`, and what Hugging Face's readers want to know of them."""
+    """A shard's columns, with those of `regions`, and their features in the metadata for Hugging Face's readers."""
     schema, features = _SCHEMA, dict(_FEATURES)
     for name in regions:
         schema = schema.append(pa.field(PREFIX + name, _SCHEMA.field("image").type))
@@ -58,7 +58,7 @@ def stored_schema(regions: Iterable[str] = ()) -> pa.Schema:
 
 @dataclass(slots=True, kw_only=True)
 class ImageStatistics:
-    """Sums over images; whole numbers, so that they add up alike in any order."""
+    """Sums over images, of whole numbers, so that their order does not matter."""
 
     num_bytes: int = 0  # of encoded images
     samples: int = 0  # pixels that entered the sums, a grid of at most about 64x64 an image
@@ -77,7 +77,7 @@ class ImageStatistics:
             self.longer_sides[side] = self.longer_sides.get(side, 0) + count
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest says: channel mean and standard deviation in [0, 1], and images by longer side, pixels."""
+        """The manifest's statistics: channel mean and standard deviation in [0, 1], and images by longer side, pixels."""
         means = [total / max(1, self.samples) for total in self.channel_sum]
         squares = [total / max(1, self.samples) for total in self.channel_square_sum]
         deviations = [max(0.0, square - mean * mean) ** 0.5 for mean, square in zip(means, squares, strict=True)]
@@ -89,12 +89,12 @@ class ImageStatistics:
 
 
 class Reject(Exception):
-    """This image is left out; the message is the reason."""
+    """The image is left out of the dataset; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
-class MadeRow:
-    """A row, and what is kept of its image elsewhere."""
+class BuiltRow:
+    """A row of a shard, and the figures of its image for the manifest."""
 
     row: dict[str, Any]
     digest: bytes  # SHA-256 of the source's bytes
@@ -103,25 +103,25 @@ class MadeRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowMaker:
-    """Makes rows of the images that a source lists, all in the same way."""
+class RowBuilder:
+    """Builds rows from the images that a source lists."""
 
     read: Callable[[str], bytes]
-    """Bytes of a location."""
+    """Reads the bytes of a location."""
     read_regions: Callable[[str], bytes] | None
-    """Bytes of the foreign column of masks there."""
+    """Reads the bytes of the source's column of masks at a location; None: there is none."""
     excluded: frozenset[str]
     """Paths that hold the same bytes as an image elsewhere."""
     short_side: int | None
-    """Images are shrunk to this shorter side, pixels, and encoded as JPEG; None: their bytes are kept."""
+    """Images are shrunk to this shorter side, pixels, and encoded as JPEG; None: their bytes are stored unchanged."""
     quality: int
-    """Of that JPEG, 1 to 100."""
+    """Quality of that JPEG, 1 to 100."""
     max_pixels: int
-    """Images of more are rejected."""
+    """Images of more pixels are rejected."""
     regions: RegionColumnsConfig
 
-    def __call__(self, row: Mapping[str, Any]) -> MadeRow:
-        """The row that stores the image which `row` (of `LISTING_SCHEMA`) lists.
+    def __call__(self, row: Mapping[str, Any]) -> BuiltRow:
+        """Build the row of the image that `row` (of `LISTING_SCHEMA`) lists.
 
         Raises:
             Reject: the image is left out.
@@ -156,19 +156,19 @@ class RowMaker:
         if self.regions.columns:
             stored |= self._region_columns(row, image, (height, width))
         statistics = _statistics(image, (height, width), len(data))
-        return MadeRow(row=stored, digest=digest, size=len(data), statistics=statistics)
+        return BuiltRow(row=stored, digest=digest, size=len(data), statistics=statistics)
 
     def _region_columns(self, row: Mapping[str, Any], image: Tensor, stored_hw: tuple[int, int]) -> dict[str, Any]:
         try:
             column = None if self.read_regions is None else functools.partial(self.read_regions, row["location"])
-            found = compute_regions(image, row["path"], self.regions, column)
+            regions = compute_regions(image, row["path"], self.regions, column)
         except (OSError, RegionsError) as error:
             raise Reject(f"regions: {error}") from None
         return {
             PREFIX + name: None
             if ids is None
             else {"bytes": encode_regions(resize_regions(ids, stored_hw)), "path": None}
-            for name, ids in found.items()
+            for name, ids in regions.items()
         }
 
 
@@ -186,7 +186,7 @@ def _statistics(image: Tensor, stored_hw: tuple[int, int], num_bytes: int) -> Im
 
 
 def _check_header(data: bytes, max_pixels: int) -> None:
-    """Look at an image's header before anything of its size is allocated.
+    """Check the size in an image's header before memory for it is allocated.
 
     Raises:
         Reject: not an image, or one of more than `max_pixels`.

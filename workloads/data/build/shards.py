@@ -1,4 +1,4 @@
-"""One shard: which images it gets, and how their rows become bytes, the same on every machine that writes it."""
+"""`BuildConfig`, `place_rows` and `write_shard`: which images a shard gets, and its bytes, the same on every machine."""
 
 import collections
 import hashlib
@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from workloads.config import config, to_dict
 from workloads.data.build.region_masks import RegionColumnsConfig
-from workloads.data.build.rows import ImageStatistics, MadeRow, Reject, RowMaker, stored_schema
+from workloads.data.build.rows import BuiltRow, ImageStatistics, Reject, RowBuilder, stored_schema
 from workloads.data.build.sources import SourceConfig
 from workloads.data.store.image_file import MAX_PIXELS
 
@@ -28,19 +28,19 @@ REJECTS_SCHEMA = pa.schema([("path", pa.string()), ("image_id", pa.string()), ("
 
 @config
 class BuildConfig:
-    """How a source becomes a dataset."""
+    """The source, output and settings of a build."""
 
     source: SourceConfig
     output: str
-    """Folder (path or URI) that gets the dataset."""
+    """Folder (path or URI) to write the dataset to."""
     seed: NonNegativeInt = 0
-    """Decides, with each image's path in the source, the shard and place of its row."""
+    """Seed of the order: with each image's path in the source it decides the shard and position of its row."""
     rows_per_shard: PositiveInt = 4096
     """Images listed for one shard; rejects make it smaller."""
     row_group_bytes: PositiveInt = 1 << 20
     """Bytes of encoded images after which a row group is closed: the unit of reading, shuffling and resuming."""
     short_side: PositiveInt | None = None
-    """Shrink images to this shorter side, pixels, and encode them as JPEG; none: bytes are kept as they are."""
+    """Shrink images to this shorter side, pixels, and encode them as JPEG; none: their bytes are stored unchanged."""
     quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality where images are encoded again, 1 to 100."""
     max_pixels: PositiveInt = MAX_PIXELS
@@ -53,7 +53,7 @@ class BuildConfig:
     """Whether another dataset at `output` may be replaced."""
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest keeps: all that decides the dataset's bytes, without paths."""
+        """The settings that decide the dataset's bytes, without paths, for the manifest."""
         names = ("seed", "rows_per_shard", "row_group_bytes", "short_side", "quality", "max_pixels", "val_share")
         described = {name: getattr(self, name) for name in names}
         if self.regions.columns:
@@ -65,7 +65,7 @@ class BuildConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardResult:
-    """What writing one shard found out; what of it the manifest needs is a pure function of the inputs."""
+    """The figures of one written shard; those for the manifest are a pure function of the inputs."""
 
     size: int
     sha256: str
@@ -81,12 +81,12 @@ class ShardResult:
         return len(self.paths)
 
     def to_json(self) -> str:
-        """The result as text from which `from_json` makes it again."""
+        """The result as JSON, for `from_json`."""
         return json.dumps({**asdict(self), "digests": [digest.hex() for digest in self.digests]})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ShardResult":
-        """What `to_json` wrote."""
+        """Read a result that `to_json` wrote."""
         data = json.loads(text)
         return cls(
             size=data["size"],
@@ -100,7 +100,7 @@ class ShardResult:
 
 
 def split_rows(listing: pa.Table, *, val_share: float) -> dict[str, pa.Table]:
-    """Deal a listing out to `train` and `val` by a hash of each image id; without a share, all of it under ""."""
+    """Split a listing into `train` and `val` by a hash of each image id; without a share, all of it is under ""."""
     if not val_share:
         return {"": listing}
     keys = np.array([_hash64(f"split:{image_id}") for image_id in listing["image_id"].to_pylist()], dtype=np.uint64)
@@ -109,7 +109,7 @@ def split_rows(listing: pa.Table, *, val_share: float) -> dict[str, pa.Table]:
 
 
 def without_repeated_ids(listing: pa.Table) -> tuple[pa.Table, tuple[tuple[str, str, str], ...]]:
-    """The listing with the first row only of each image id, and the others as rejects (path, image_id, reason)."""
+    """The listing with only the first row of each image id, and the other rows as rejects (path, image_id, reason)."""
     ids = listing["image_id"].to_pylist()
     if len(set(ids)) == len(ids):
         return listing, ()
@@ -121,7 +121,7 @@ def without_repeated_ids(listing: pa.Table) -> tuple[pa.Table, tuple[tuple[str, 
 
 
 def place_rows(listing: pa.Table, *, seed: int, rows_per_shard: int) -> list[pa.Table]:
-    """Deal a listing out to shards by a hash of (seed, path): the same whatever the order of the listing."""
+    """Distribute a listing over shards by a hash of (seed, path), independently of the order of the listing."""
     paths = listing["path"].to_pylist()
     keys = np.array([_hash64(f"{seed}:{path}") for path in paths], dtype=np.uint64)
     order = np.argsort(keys, kind="stable")
@@ -146,33 +146,19 @@ def write_shard(
     """Write one shard of `rows` (`LISTING_SCHEMA`, in this order) to `sink`.
 
     Args:
-        read: bytes of a location. read_regions: bytes of the foreign column of masks there.
-        excluded: paths that hold the same bytes as an image elsewhere.
-        threads: how many images are prepared side by side.
-        tick: told of each image that is done.
+        read: reads the bytes of a location.
+        read_regions: reads the bytes of the source's column of masks at a location.
+        excluded: paths with the same bytes as an image elsewhere.
+        threads: number of images that are prepared at the same time.
+        tick: called with the number of images that are done since the last call.
 
     Raises:
-        OSError: the sink cannot be written to. What is wrong with an image is a reject, not an error.
+        OSError: the sink cannot be written to. A fault of an image is a reject, not an error.
     """
     hashing = _HashingSink(sink)
     written = _Written()
     metadata: list[pq.FileMetaData] = []
-    make = RowMaker(
-        read=read,
-        read_regions=read_regions,
-        excluded=excluded,
-        short_side=build.short_side,
-        quality=build.quality,
-        max_pixels=build.max_pixels,
-        regions=build.regions,
-    )
-
-    def prepare(row: dict[str, Any]) -> MadeRow | Reject:
-        try:
-            return make(row)
-        except Reject as reject:
-            return reject
-
+    prepare = _preparing(build, read, read_regions, excluded)
     listed = (row for batch in rows.to_batches(max_chunksize=256) for row in batch.to_pylist())
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -203,8 +189,34 @@ def write_shard(
     )
 
 
+def _preparing(
+    build: BuildConfig,
+    read: Callable[[str], bytes],
+    read_regions: Callable[[str], bytes] | None,
+    excluded: frozenset[str],
+) -> Callable[[dict[str, Any]], BuiltRow | Reject]:
+    """The function that turns a listed row into a row of the shard, or a reject."""
+    build_row = RowBuilder(
+        read=read,
+        read_regions=read_regions,
+        excluded=excluded,
+        short_side=build.short_side,
+        quality=build.quality,
+        max_pixels=build.max_pixels,
+        regions=build.regions,
+    )
+
+    def prepare(row: dict[str, Any]) -> BuiltRow | Reject:
+        try:
+            return build_row(row)
+        except Reject as reject:
+            return reject
+
+    return prepare
+
+
 def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """`pool.map` that holds no more than `ahead` results: a shard's images need not fit in memory."""
+    """`pool.map` that is at most `ahead` results ahead: a shard's images need not fit in memory."""
     waiting: collections.deque[Future[R]] = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -224,7 +236,7 @@ class _Written:
 
 def _row_groups(
     rows: pa.Table,
-    prepared: Iterator[MadeRow | Reject],
+    prepared: Iterator[BuiltRow | Reject],
     build: BuildConfig,
     written: _Written,
     tick: Callable[[int], None],

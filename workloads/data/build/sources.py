@@ -1,4 +1,4 @@
-"""What a build reads: a listing of images with their ids, labels and objects, made without opening any image."""
+"""`list_source`: lists a source's images with their ids, labels and objects, without opening any image."""
 
 import hashlib
 import io
@@ -32,8 +32,8 @@ OBJECTS_TYPE = pa.list_(
 
 LISTING_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # within the source; what decides the row's place
-        ("location", pa.string()),  # where its bytes are
+        ("path", pa.string()),  # within the source; decides the row's place in the dataset
+        ("location", pa.string()),  # of its bytes, for `source_reader`
         ("image_id", pa.string()),
         ("label", pa.string()),
         ("objects", OBJECTS_TYPE),
@@ -48,11 +48,11 @@ _NOT_IMAGES = frozenset({".json", ".txt", ".md", ".xml", ".mat", ".csv", ".db", 
 
 @config
 class FolderSourceConfig:
-    """A folder of images; one folder a class, nested, or flat."""
+    """A folder of images: one subfolder a class, nested folders, or none."""
 
     kind: Literal["folder"] = "folder"
     inputs: Inputs
-    """Folders (paths or URIs). Of several, the last part of each one's path goes before its images' ids."""
+    """Folders (paths or URIs). With several, the last part of each path is a prefix of its images' ids."""
 
 
 @config
@@ -72,14 +72,14 @@ class VocSourceConfig:
 
     kind: Literal["voc"] = "voc"
     inputs: Inputs
-    """VOC folders (as VOCdevkit/VOC2007). Of several, the last part of each one's path goes before its images' ids."""
+    """VOC folders (as VOCdevkit/VOC2007). With several, the last part of each path is a prefix of its images' ids."""
     image_set: str = "trainval"
     """Name of the list in ImageSets/Main: train, val, trainval or test."""
 
 
 @config
 class CaltechSourceConfig:
-    """Caltech-101: one folder a class and, where they are at hand, its annotations (.mat) with a box an image."""
+    """Caltech-101: one folder a class and, optionally, its annotations (.mat) with a box an image."""
 
     kind: Literal["caltech101"] = "caltech101"
     inputs: Annotated[tuple[str, ...], Field(min_length=1, max_length=1)]
@@ -87,7 +87,7 @@ class CaltechSourceConfig:
     annotations: str | None = None
     """The folder (path or URI) of the annotations; none: no boxes."""
     background: bool = True
-    """Whether the images of BACKGROUND_Google, which is no class, are taken too."""
+    """Whether to include the images of BACKGROUND_Google, which is not a class."""
 
 
 @config
@@ -96,7 +96,7 @@ class ParquetSourceConfig:
 
     kind: Literal["parquet"] = "parquet"
     inputs: Inputs
-    """Files or folders (paths or URIs). Of several, the last part of each one's path goes before its images' paths."""
+    """Files or folders (paths or URIs). With several, the last part of each path is a prefix of its images' paths."""
     image_column: str = "image"
     """Column of the encoded images."""
     id_column: str | None = None
@@ -112,7 +112,7 @@ SourceConfig = Annotated[AnySource, Field(discriminator="kind")]
 
 
 def list_source(source: AnySource) -> tuple[pa.Table, dict[str, Any]]:
-    """The source's images, `LISTING_SCHEMA`, sorted by path, and what the manifest says of the source.
+    """List the source's images as `LISTING_SCHEMA`, sorted by path, with a description of the source for the manifest.
 
     Raises:
         DataError: nothing there, or an annotation file that cannot be read.
@@ -129,7 +129,7 @@ def list_source(source: AnySource) -> tuple[pa.Table, dict[str, Any]]:
         case ParquetSourceConfig():
             table, about = _list_parquet(source)
     if not len(table):
-        raise DataError(f"{', '.join(source.inputs)}: holds no images of a {source.kind} source; mend source.inputs")
+        raise DataError(f"{', '.join(source.inputs)}: has no images of a {source.kind} source; correct source.inputs")
     table = table.sort_by("path")
     digest = hashlib.sha256()
     for path in table["path"].to_pylist():
@@ -138,7 +138,7 @@ def list_source(source: AnySource) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def source_reader(source: AnySource) -> Callable[[str], bytes]:
-    """What fetches the bytes of a listing's location; it raises OSError where it cannot."""
+    """A function that reads the bytes of a location, and raises OSError where it cannot."""
     filesystem, _ = resolve_uri(source.inputs[0])
     if isinstance(source, ParquetSourceConfig):
         return ParquetRows(filesystem, source.image_column).read
@@ -146,10 +146,10 @@ def source_reader(source: AnySource) -> Callable[[str], bytes]:
 
 
 def column_reader(source: AnySource, column: str) -> Callable[[str], bytes]:
-    """What fetches another column of binaries at a listing's location.
+    """A function that reads another binary column at a location.
 
     Raises:
-        DataError: the source is no Parquet.
+        DataError: the source is not Parquet.
     """
     if not isinstance(source, ParquetSourceConfig):
         raise DataError(f"regions.column: a {source.kind} source has no columns; use --source parquet")
@@ -171,12 +171,12 @@ def object_row(xywh: Iterable[float], category: str, *, crowd: bool = False, dif
 
 
 def _prefixed(source: AnySource) -> list[tuple[str, str]]:
-    """(input, what goes before its paths) of each input."""
+    """(input, prefix of its paths) of each input."""
     if len(source.inputs) == 1:
         return [(source.inputs[0], "")]
     names = [PurePosixPath(uri.rstrip("/")).name for uri in source.inputs]
     if len(set(names)) < len(names):
-        raise DataError(f"source.inputs: two inputs end alike ({', '.join(names)}); rename one")
+        raise DataError(f"source.inputs: two inputs have the same name ({', '.join(names)}); rename one")
     return [(uri, f"{name}/") for uri, name in zip(source.inputs, names, strict=True)]
 
 
@@ -195,7 +195,7 @@ def _class_of(relative: str) -> str | None:
 
 
 def list_files(uri: str) -> list[tuple[str, str]]:
-    """(location, path relative to `uri`) of every file that may be an image; hidden ones and notes are left out.
+    """(location, path relative to `uri`) of every file that may be an image; hidden files and notes are left out.
 
     Raises:
         DataError: not a folder, or it cannot be listed.

@@ -87,7 +87,7 @@ def decode_jpeg_scaled(encoded: Encoded, longer_side: int) -> tuple[Tensor, tupl
                 return None
             orientation = orientation_of(image)
             drafted: Any = image.draft("RGB", (target_w, target_h))
-            # The scaled image ends with whole blocks; the source's own extent in it has a fraction.
+            # The scaled image is a whole number of blocks; the source's extent in it may be a fraction.
             extent = drafted[1] if drafted is not None else None
             shrunk = image.convert("RGB").resize((target_w, target_h), Image.Resampling.BILINEAR, box=extent)
             pixels = torch.from_numpy(np.array(upright(shrunk, orientation))).permute(2, 0, 1)
@@ -132,13 +132,13 @@ def decode_batch(
 
         _for_each(pool, work, len(encoded))
     else:
-        found = list(pool.map(lambda data: _try_decode(data, None), encoded))
-        for i, decoded in enumerate(found):
+        results = list(pool.map(lambda data: _try_decode(data, None), encoded))
+        for i, decoded in enumerate(results):
             if decoded is not None:
                 source[i] = content[i] = decoded[0].shape[1:]
         height, width = (max(1, int(side)) for side in content.max(axis=0, initial=0))
         canvas = _canvas(len(encoded), height, width, pinned)
-        list(pool.map(_place, [decoded and decoded[0] for decoded in found], canvas.numpy()))
+        list(pool.map(_place, [decoded and decoded[0] for decoded in results], canvas.numpy()))
     return canvas, torch.from_numpy(content), torch.from_numpy(source), torch.from_numpy(content[:, 0] > 0)
 
 
@@ -150,7 +150,7 @@ def decode_regions_batch(
     pool: ThreadPoolExecutor,
     pinned: bool = False,
 ) -> tuple[Tensor, int]:
-    """Region masks at the size of their images, on a canvas like theirs.
+    """Decode region masks, at the size of their images, into a canvas like theirs.
 
     Args:
         content_hw: int64 (B, 2), from `decode_batch`; an image that did not decode has no regions.
@@ -178,7 +178,7 @@ def decode_regions_batch(
 def _canvas(count: int, height: int, width: int, pinned: bool) -> Tensor:
     if pinned:
         return torch.zeros((count, 3, height, width), dtype=torch.uint8, pin_memory=True)
-    # numpy's zeros come from the system already cleared, torch clears them itself.
+    # numpy's zeros come from the system already cleared; torch clears its own.
     return torch.from_numpy(np.zeros((count, 3, height, width), dtype=np.uint8))
 
 
@@ -197,7 +197,7 @@ def _for_each(pool: ThreadPoolExecutor, work: Callable[[int], None], count: int)
 def _place(image: Tensor | None, canvas: np.ndarray) -> None:
     if image is None:
         return
-    # numpy copies on this thread alone; torch would wake its own pool in each of ours.
+    # numpy copies on this thread alone; torch would start its own pool in each thread of this one.
     np.copyto(canvas[:, : image.shape[1], : image.shape[2]], image.numpy())
 
 
@@ -219,7 +219,7 @@ def _try_decode(
 
 
 def shrunk_hw(height: int, width: int, longer_side: int | None) -> tuple[int, int]:
-    """The size, pixels, at which the longer side is at most `longer_side`; never larger than it was."""
+    """The size, pixels, with a longer side of at most `longer_side` and the same aspect; never larger than before."""
     if longer_side is None or max(height, width) <= longer_side:
         return height, width
     scale = longer_side / max(height, width)
@@ -227,10 +227,10 @@ def shrunk_hw(height: int, width: int, longer_side: int | None) -> tuple[int, in
 
 
 def shrink(image: Tensor, longer_side: int | None) -> Tensor:
-    """`image` uint8 (3, H, W) with its longer side at most `longer_side` pixels, antialiased bilinear."""
+    """Shrink `image`, uint8 (3, H, W), to a longer side of at most `longer_side` pixels, antialiased bilinear."""
     size = shrunk_hw(image.shape[1], image.shape[2], longer_side)
     if size == tuple(image.shape[1:]):
         return image
-    # Decoders give packed RGB. Said in strides that torch takes for channels_last, it is resized as it is, without a copy.
+    # Decoders give packed RGB. With the strides of channels_last, torch resizes it without a copy.
     packed = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(packed, size=size, mode="bilinear", align_corners=False, antialias=True)[0]

@@ -1,4 +1,4 @@
-"""The ledger: which images a run was really trained on, step by step, written down by each worker."""
+"""`Ledger`: records which images each step was trained on, per worker; `read_ledger` reads the surviving history."""
 
 import json
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from workloads.types import ImageBatch
 
 
 class Ledger:
-    """One rank's list. A segment covers the steps since the last checkpoint and is written before the next one is.
+    """One rank's record. A segment covers the steps since the last checkpoint and is written before the next checkpoint.
 
-    So what a crash undoes is listed by the attempt that trained it last: `step_00000320/rank_0.jsonl` says, in its first
-    line, of how many ranks the surviving attempt of these steps was.
+    So steps that a crash undoes are listed by the attempt that trained them last: the first line of
+    `step_00000320/rank_0.jsonl` gives the number of ranks of that attempt.
     """
 
     def __init__(self, folder: str, *, rank: int, world_size: int) -> None:
@@ -23,7 +23,7 @@ class Ledger:
         self._lines: list[dict[str, object]] = []
 
     def add(self, step: int, batch: ImageBatch) -> None:
-        """Note one step's rows."""
+        """Record one step's rows."""
         rows = zip(batch.image_ids, batch.positions.tolist(), batch.valid.tolist(), strict=True)
         trained: list[tuple[str, int]] = []
         undecodable: list[tuple[str, int]] = []
@@ -32,7 +32,7 @@ class Ledger:
         self._lines.append({"step": step, "epoch": batch.epoch, "trained": trained, "undecodable": undecodable})
 
     def close_segment(self, step: int) -> None:
-        """Write down what was trained up to `step`; all ranks return when all have."""
+        """Write the steps up to `step`; returns when all ranks have."""
         lines = [{"world_size": self._world_size}, *self._lines]
         path = (self._folder / f"step_{step:08d}" / f"rank_{self._rank}.jsonl").absolute()
         with atomic_write(pafs.LocalFileSystem(), str(path)) as file:

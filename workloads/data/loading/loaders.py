@@ -1,4 +1,4 @@
-"""Row groups in, batches out: reading, decoding and prefetching on threads, in the sample plan's order."""
+"""`TrainLoader` and `EvalLoader`: decoded batches in the order of the sample plan, and of the dataset."""
 
 import itertools
 import logging
@@ -9,7 +9,6 @@ import torch
 
 from workloads.data.loading.pipeline import DataConfig, Pipeline, Share
 from workloads.data.loading.sample_plan import SamplePlan
-from workloads.data.store.annotations import Annotations, read_annotations
 from workloads.data.store.manifest import Dataset
 from workloads.errors import DataError
 from workloads.types import ImageBatch
@@ -40,7 +39,7 @@ class TrainLoader:
         lanes = plan.lanes_of(rank, world_size)
         self._rows_per_epoch = plan.steps_per_epoch * plan.global_batch_size // plan.lanes * len(lanes)
         self.bad_rows = 0
-        """Rows that did not decode, since this loader was made."""
+        """Rows that did not decode, cumulative."""
 
     @property
     def wait_seconds(self) -> float:
@@ -61,7 +60,7 @@ class TrainLoader:
                     epoch, bad = batch.epoch, []
                 undecodable = [batch.image_ids[i] for i in torch.nonzero(~batch.valid).flatten().tolist()]
                 if undecodable:
-                    _log.warning("epoch %d: rows that do not decode are left out: %s", epoch, ", ".join(undecodable))
+                    _log.warning("epoch %d: rows that do not decode are masked: %s", epoch, ", ".join(undecodable))
                 bad += undecodable
                 self.bad_rows += len(undecodable)
                 if len(bad) > self._max_bad_share * self._rows_per_epoch:
@@ -92,7 +91,7 @@ class EvalLoader:
     A rank's rows are contiguous. Padding rows are not valid, their id is "" and their position −1.
 
     Args:
-        wanted: ids of the images that are decoded; the others are there as rows that are not valid. None: all.
+        wanted: ids of the images that are decoded; the other rows are not valid. None: all.
     """
 
     def __init__(
@@ -114,7 +113,6 @@ class EvalLoader:
         self._rows = range(min(rank * per_rank, self.num_images), min((rank + 1) * per_rank, self.num_images))
         self._batch_size = batch_size
         self._num_batches = -(-per_rank // batch_size)
-        self._annotations: dict[str, Annotations] | None = None
 
     def __len__(self) -> int:
         return self._num_batches
@@ -122,16 +120,6 @@ class EvalLoader:
     def __iter__(self) -> Iterator[ImageBatch]:
         with self._pipeline.run(self._shares()) as batches:
             yield from batches
-
-    def annotations(self, image_id: str) -> Annotations:
-        """Label and objects of one image; the first call reads those of the whole dataset.
-
-        Raises:
-            KeyError: no such image.
-        """
-        if self._annotations is None:
-            self._annotations = read_annotations(self._dataset)
-        return self._annotations[image_id]
 
     def _shares(self) -> Iterator[Share]:
         ends = np.cumsum(self._dataset.row_groups.rows, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The loading pipeline: fetches row groups, decodes and uploads batches on thread pools, ahead of the step."""
+"""`DataConfig` and `Pipeline`: fetches row groups and decodes batches on thread pools, ahead of the step."""
 
 import collections
 import functools
@@ -26,14 +26,14 @@ _READ_AHEAD = 4
 
 @config
 class DataConfig:
-    """Which dataset is read, and how."""
+    """The dataset that is read, and the threads, cache and decoding of the loader."""
 
     uri: str
-    """Folder or s3:// URI of a dataset made by `orchestrator data build`."""
+    """Folder or s3:// URI of a dataset, as `orchestrator data build` writes it."""
     decode_size: PositiveInt | None = 256
     """Longer side, pixels, to which images are shrunk while decoding; none: source resolution."""
     dct_scaling: bool = False
-    """Decode JPEGs of at least twice decode_size at 1/2, 1/4 or 1/8 of their size: quicker, slightly other pixels."""
+    """Decode JPEGs of at least twice decode_size at 1/2, 1/4 or 1/8 of their size: faster, with slightly different pixels."""
     decode_device: str = "cpu"
     """Always cpu: CPU threads decode. Kept because it is part of the identity of runs that older releases began."""
     lanes: PositiveInt | None = None
@@ -43,11 +43,11 @@ class DataConfig:
     decode_threads: PositiveInt = 2
     """Threads that decode images."""
     prefetch_batches: NonNegativeInt = 3
-    """Batches made ready ahead of the one in use."""
+    """Batches prepared ahead of the one in use."""
     cache_dir: str | None = None
-    """Local folder that keeps row groups for later epochs, shared by the workers of a node; none: no cache."""
+    """Local folder that caches row groups for later epochs, shared by the workers of a node; none: no cache."""
     cache_gib: PositiveFloat = 50.0
-    """Size, GiB, at which the cache drops what was unused longest."""
+    """Size, GiB, above which the least recently used row groups are removed from the cache."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Share of an epoch's rows that may fail to decode before the run fails."""
 
@@ -66,14 +66,14 @@ class Share:
     positions: np.ndarray
     row_group: np.ndarray
     row_in_group: np.ndarray
-    open_groups: np.ndarray  # what later batches need soon, this one's groups included
-    size: int  # rows of the batch; the missing ones are padding
+    open_groups: np.ndarray  # needed by this batch or soon by later ones
+    size: int  # rows of the batch; those beyond `positions` are padding
 
 
 class Pipeline:
-    """Turns shares into batches, in order, some of them ahead of the consumer.
+    """Turns shares into batches, in order, a few ahead of the consumer.
 
-    One thread walks the plan and asks for row groups early; they live as long as a batch on its way has them open.
+    One thread walks the plan and requests row groups early; each is released when no pending batch needs it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Pipeline:
 
 
 class _Run:
-    """One pass of a pipeline: a context manager that owns the threads and yields the batches."""
+    """One pass of a pipeline: a context manager that owns the threads and gives the batches."""
 
     def __init__(self, pipeline: Pipeline, shares: Iterator[Share]) -> None:
         self._pipeline = pipeline
@@ -125,8 +125,8 @@ class _Run:
         while True:
             while len(ready) <= self._config.prefetch_batches:
                 while len(planned) <= _READ_AHEAD:
-                    planned.append(self._plan_pool.submit(self._ask))
-                ready.append(self._batch_pool.submit(self._make, planned.popleft()))
+                    planned.append(self._plan_pool.submit(self._plan_next))
+                ready.append(self._batch_pool.submit(self._build, planned.popleft()))
             started = time.perf_counter()
             batch = ready.popleft().result()
             self._pipeline.wait_seconds += time.perf_counter() - started
@@ -134,26 +134,26 @@ class _Run:
                 return
             yield batch
 
-    def _ask(self) -> tuple[Share, dict[int, Future[RowGroup]]] | None:
-        """Take the next share and see that its row groups are on their way; its own first, then the open ones."""
+    def _plan_next(self) -> tuple[Share, dict[int, Future[RowGroup]]] | None:
+        """Take the next share and request its row groups: its own first, then the open ones."""
         share = next(self._shares, None)
         if share is None:
             return None
-        held: dict[int, Future[RowGroup]] = {}
+        fetched: dict[int, Future[RowGroup]] = {}
         for group in itertools.chain(np.unique(share.row_group).tolist(), share.open_groups.tolist()):
-            if group not in held:
+            if group not in fetched:
                 future = self._groups.get(group)
                 if future is None:
                     future = self._groups[group] = self._io_pool.submit(self._pipeline._reader.read, group)
-                held[group] = future
-        return share, held
+                fetched[group] = future
+        return share, fetched
 
-    def _make(self, planned: "Future[tuple[Share, dict[int, Future[RowGroup]]] | None]") -> ImageBatch | None:
-        asked = planned.result()
-        if asked is None:
+    def _build(self, planned: "Future[tuple[Share, dict[int, Future[RowGroup]]] | None]") -> ImageBatch | None:
+        share_and_groups = planned.result()
+        if share_and_groups is None:
             return None
-        share, held = asked
-        encoded, ids, masks = _rows_of(share, held)
+        share, groups = share_and_groups
+        encoded, ids, masks = _rows_of(share, groups)
         padding = share.size - len(ids)
         wanted = self._pipeline._wanted
         if wanted is not None:
@@ -187,12 +187,12 @@ class _Run:
 
 
 def _rows_of(
-    share: Share, held: dict[int, Future[RowGroup]]
+    share: Share, groups: dict[int, Future[RowGroup]]
 ) -> tuple[list[np.ndarray | None], Sequence[str], list[bytes | None]]:
-    """Encoded images, ids and, where they were asked for, encoded masks."""
+    """Encoded images, ids and, where a column of regions is read, encoded masks."""
     encoded, ids, masks = [], [], []
     for group, row in zip(share.row_group.tolist(), share.row_in_group.tolist(), strict=True):
-        row_group = held[group].result()
+        row_group = groups[group].result()
         encoded.append(row_group.encoded(row))
         ids.append(row_group.image_ids[row])
         if row_group.regions is not None:

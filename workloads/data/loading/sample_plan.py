@@ -1,13 +1,13 @@
-"""Which row is trained on when: a pure function of (dataset, seed, epoch), never of the number of workers.
+"""`SamplePlan`: the order of training rows, a pure function of (dataset, seed, epoch), never of the number of workers.
 
 Row groups are put in a seeded order. L lanes each own a contiguous range of the rows of that sequence, the first
 N mod L lanes one row more than the others, and shuffle within windows of it. Position g of the epoch is row g // L of
 lane g % L.
 
-Two trade-offs make the plan small and quick to seek. Row groups are ordered in two levels, blocks of neighbouring row
-groups and row groups within a block, so no permutation of all of them is ever held: groups of one block stay near each
+Two trade-offs make the plan small and fast to seek. Row groups are ordered in two levels, blocks of neighbouring row
+groups and row groups within a block, so a permutation of all of them never exists: groups of one block stay near each
 other in time, which costs nothing where rows were placed by hash, and keeps a lane within few shards. And rows are
-shuffled within windows of about `WINDOW_GROUPS` row groups only, so a reader holds that much of each lane.
+shuffled within windows of about `WINDOW_GROUPS` row groups only, so a reader needs that much of each lane in memory.
 """
 
 import functools
@@ -61,7 +61,7 @@ class SamplePlan:
             )
         self._rows = np.ascontiguousarray(rows_per_group, dtype=np.int32)
         if len(self._rows) and int(self._rows.min()) < 1:
-            raise ConfigError("rows_per_group: holds an empty row group; build the dataset again")
+            raise ConfigError("rows_per_group: has an empty row group; build the dataset again")
         self.num_images = int(self._rows.sum(dtype=np.int64))
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = self.num_images // global_batch_size
@@ -75,9 +75,9 @@ class SamplePlan:
         self._block_rows = np.add.reduceat(self._rows, self._block_starts, dtype=np.int64)
         mean_rows = self.num_images / len(self._rows)
         self._window = max(1, round(WINDOW_GROUPS * mean_rows))
-        self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
-        self._kept: dict[tuple[int, int, int], _Window] = {}  # by epoch, lane and number, the oldest first
-        self._most_kept = 2 * self.lanes + 16
+        self._epoch = functools.lru_cache(maxsize=4)(self._compute_epoch)
+        self._cache: dict[tuple[int, int, int], _Window] = {}  # by epoch, lane and number, the oldest first
+        self._cache_size = 2 * self.lanes + 16
 
     def lanes_of(self, rank: int, world_size: int) -> range:
         """The contiguous lanes of one rank.
@@ -112,7 +112,7 @@ class SamplePlan:
         """
         lanes, first, per_lane = self._lanes_and_rows(batch, rank, world_size)
         windows = self._windows_of(lanes, first, first + per_lane)
-        return np.unique(np.concatenate([window.groups for window in self._made(epoch, windows)]))
+        return np.unique(np.concatenate([window.groups for window in self._windows(epoch, windows)]))
 
     def _lanes_and_rows(self, batch: int, rank: int, world_size: int) -> tuple[range, int, int]:
         """A rank's lanes, and the first row and the number of rows that a batch takes of each lane."""
@@ -152,27 +152,27 @@ class SamplePlan:
         """Rows start … stop of some lanes' shuffled orders: int64 (2, n, lanes), row group and row in it."""
         rows = np.empty((2, stop - start, len(lanes)), dtype=np.int64)
         windows = self._windows_of(lanes, start, stop)
-        for (lane, _), window in zip(windows, self._made(epoch, windows), strict=True):
+        for (lane, _), window in zip(windows, self._windows(epoch, windows), strict=True):
             begin, end = max(start, window.start), min(stop, window.stop)
             rows[:, begin - start : end - start, lane - lanes.start] = window.rows[
                 :, begin - window.start : end - window.start
             ]
         return rows
 
-    def _made(self, epoch: int, windows: list[tuple[int, int]]) -> list["_Window"]:
-        """Windows by (lane, number), those of before from memory."""
-        missing = [where for where in windows if (epoch, *where) not in self._kept]
+    def _windows(self, epoch: int, windows: list[tuple[int, int]]) -> list["_Window"]:
+        """Windows by (lane, number), from the cache where they are in it."""
+        missing = [where for where in windows if (epoch, *where) not in self._cache]
         if missing:
-            made = self._make_windows(epoch, missing)
-            self._kept |= {(epoch, *where): window for where, window in zip(missing, made, strict=True)}
-        found = [self._kept[epoch, *where] for where in windows]
-        too_many = len(self._kept) - max(self._most_kept, 2 * len(windows))
-        for oldest in list(self._kept)[:too_many] if too_many > 0 else ():
-            del self._kept[oldest]
-        return found
+            computed = self._compute_windows(epoch, missing)
+            self._cache |= {(epoch, *where): window for where, window in zip(missing, computed, strict=True)}
+        result = [self._cache[epoch, *where] for where in windows]
+        too_many = len(self._cache) - max(self._cache_size, 2 * len(windows))
+        for oldest in list(self._cache)[:too_many] if too_many > 0 else ():
+            del self._cache[oldest]
+        return result
 
-    def _make_windows(self, epoch: int, windows: list[tuple[int, int]]) -> list["_Window"]:
-        # All at once: a seek needs a window or two of every lane, and numpy's calls cost more than what they do here.
+    def _compute_windows(self, epoch: int, windows: list[tuple[int, int]]) -> list["_Window"]:
+        # All at once: a seek needs a window or two of every lane, and numpy's overhead per call exceeds the work.
         lane_starts = [self._lane_start(lane) for lane, _ in windows]
         begins = [number * self._window - self._stagger(lane) for lane, number in windows]
         lengths = [self._lane_start(lane + 1) - self._lane_start(lane) for lane, _ in windows]
@@ -185,13 +185,13 @@ class SamplePlan:
         rows = self._sequence_rows(epoch, sequence)
         keys = [self._key(f"window:{epoch}:{lane}:{number}") for lane, number in windows]
         orders = _permutations(sizes, keys)
-        made = []
+        result = []
         for start, stop, end, order in zip(starts, stops, ends.tolist(), orders, strict=True):
             own = rows[:, end - (stop - start) : end]
-            # Neighbours in the sequence are of one row group: its first rows name it.
+            # Neighbours in the sequence are of one row group, so its first row is enough to list it.
             groups = own[0, np.flatnonzero(np.diff(own[0], prepend=-1))]
-            made.append(_Window(start=start, stop=stop, rows=own[:, order], groups=groups))
-        return made
+            result.append(_Window(start=start, stop=stop, rows=own[:, order], groups=groups))
+        return result
 
     def _sequence_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Rows of the epoch's unshuffled sequence: int64 (2, n), row group and row in it."""
@@ -200,13 +200,13 @@ class SamplePlan:
         needed, which = np.unique(places, return_inverse=True)
         groups, group_ends = self._blocks(epoch, order[needed])
         in_block = rows - (ends - self._block_rows[order])[places]
-        # One search through all blocks: each one's rows are lifted above those of the blocks before it.
+        # One search through all blocks: each block's rows are numbered above those of the blocks before it.
         above = np.arange(len(needed), dtype=np.int64) * (int(self._block_rows.max()) + 1)
         index = np.searchsorted((group_ends + above[:, None]).reshape(-1), in_block + above[which], side="right")
         group = groups.reshape(-1)[index]
         return np.stack([group, in_block - group_ends.reshape(-1)[index] + self._rows[group]])
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of blocks and where each ends in its sequence of rows."""
         order = self._permutation(len(self._block_rows), f"blocks:{epoch}")
         return order, np.cumsum(self._block_rows[order])
@@ -214,7 +214,7 @@ class SamplePlan:
     def _blocks(self, epoch: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Blocks' row groups in their order and where each ends in its block's rows: int64 (blocks, BLOCK_GROUPS).
 
-        The last block may have fewer; what its row is filled up with ends where the block does.
+        The last block may have fewer; its row is padded with ends equal to the block's.
         """
         starts = blocks * BLOCK_GROUPS
         sizes = np.minimum(starts + BLOCK_GROUPS, len(self._rows)) - starts
@@ -245,16 +245,16 @@ class _Window:
 
 
 def _permutations(sizes: np.ndarray, keys: list[int]) -> list[np.ndarray]:
-    """One permutation of each size, int64; not numpy's generator, whose streams may change between releases."""
-    made: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(keys)
+    """One permutation of each size, int64; not by numpy's generator, whose streams may change between releases."""
+    result: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(keys)
     seeds = np.array(keys, dtype=np.uint64)
     for size in np.unique(sizes).tolist():
         which = np.flatnonzero(sizes == size)
-        # No two keys are equal, `_mix` being one to one, so the quicker, unstable sort has one possible outcome.
+        # No two keys are equal, `_mix` being one to one, so the faster, unstable sort has one possible outcome.
         orders = np.argsort(_mix(np.arange(size, dtype=np.uint64) + seeds[which, None]), axis=1)
         for i, order in zip(which.tolist(), orders, strict=True):
-            made[i] = order
-    return made
+            result[i] = order
+    return result
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

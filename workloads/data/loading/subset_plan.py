@@ -1,4 +1,4 @@
-"""The sample plan over some of a dataset's rows: low-label fractions, images that have objects."""
+"""`SubsetPlan`: the sample plan over some of a dataset's rows, such as low-label fractions or images with objects."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from workloads.errors import ConfigError
 
 
 class SubsetPlan(SamplePlan):
-    """A `SamplePlan` of the rows that `selected` names; everything else that it promises holds for those.
+    """A `SamplePlan` of the selected rows, with all its guarantees for those.
 
     Its memory grows with the number of images, which a detector's annotations do anyway.
 

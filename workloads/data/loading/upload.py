@@ -1,4 +1,4 @@
-"""Batches to the device that computes: the next one is copied while the step before still runs."""
+"""`Upload`: copies batches to the device, the next one while the step before it still runs."""
 
 import torch
 
@@ -6,10 +6,10 @@ from workloads.types import ImageBatch
 
 
 class Upload:
-    """Copies batches to a device; to a GPU on a stream of its own, from the loader's pinned memory.
+    """Copies batches to a device; to a GPU on a separate stream, from the loader's pinned memory.
 
-    The host asks for the next batch as soon as it has queued a step, so two batches are on the GPU at once: one in use and one
-    on its way. The step's stream waits for the copy, the host does not. On a CPU it is nothing.
+    The host requests the next batch as soon as it has queued a step, so two batches are on the GPU at once: one in use and one
+    being copied. The step's stream waits for the copy, the host does not. On a CPU nothing is copied.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,5 +25,5 @@ class Upload:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for tensor in moved.tensors():
-            tensor.record_stream(current)  # or the copying stream would take its memory again too early
+            tensor.record_stream(current)  # otherwise the copying stream would reuse its memory too early
         return moved

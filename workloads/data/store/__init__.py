@@ -1,1 +1,1 @@
-"""The files of a dataset: manifest, row groups, annotations, cache."""
+"""Reading a dataset's files: manifest, row groups, annotations, image files, disk cache."""

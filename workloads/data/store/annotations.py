@@ -1,4 +1,4 @@
-"""Reads ids, sizes and objects of the images of a dataset without decoding any image."""
+"""`read_annotations`: labels, sizes and objects of a dataset's images, without decoding any."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from workloads.data.store.row_groups import damaged_shard
 
 @dataclass(frozen=True, slots=True)
 class Annotations:
-    """What a dataset says of one image beside its pixels."""
+    """Label, size and objects of one image."""
 
     label: str | None
     size_hw: tuple[int, int]  # pixels, upright
@@ -23,12 +23,12 @@ class Annotations:
 
 
 def read_annotations(dataset: Dataset) -> dict[str, Annotations]:
-    """Labels and objects of every image, by image id.
+    """Read the annotations of every image, by image id.
 
     Raises:
         DataError: a shard cannot be read.
     """
-    found: dict[str, Annotations] = {}
+    annotations: dict[str, Annotations] = {}
     columns = ["image_id", "width", "height", "label", "objects"]
     for shard in range(len(dataset.manifest.shards)):
         try:
@@ -38,7 +38,7 @@ def read_annotations(dataset: Dataset) -> dict[str, Annotations]:
         for row in table.to_pylist():
             objects = row["objects"] or []
             xywh = np.array([item["bbox"] for item in objects], dtype=np.float32).reshape(-1, 4)
-            found[row["image_id"]] = Annotations(
+            annotations[row["image_id"]] = Annotations(
                 label=row["label"],
                 size_hw=(row["height"], row["width"]),
                 boxes_xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
@@ -46,4 +46,4 @@ def read_annotations(dataset: Dataset) -> dict[str, Annotations]:
                 crowd=np.array([item["crowd"] for item in objects], dtype=bool),
                 difficult=np.array([bool(item.get("difficult")) for item in objects], dtype=bool),
             )
-    return found
+    return annotations

@@ -1,4 +1,4 @@
-"""What a dataset is: shards, the index of their row groups, and the hash that names all of it."""
+"""`Manifest`, `RowGroups` and `Dataset`: a dataset's shards, the index of their row groups, and the hash that identifies it."""
 
 import functools
 import hashlib
@@ -62,7 +62,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, *, name: str) -> "Manifest":
-        """Read a manifest; `name` stands for it in errors.
+        """Read a manifest; errors call it `name`.
 
         Raises:
             DataError: not a manifest, or one of another schema version.
@@ -84,7 +84,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowGroups:
-    """Where every row group lies: arrays of one length, in the order of the shards and within them."""
+    """The place of every row group: arrays of one length, ordered by shard and by offset within it."""
 
     shard: np.ndarray  # int32: index into `manifest.shards`
     offset: np.ndarray  # int64: bytes from the start of the shard
@@ -97,14 +97,14 @@ class RowGroups:
 
     @classmethod
     def from_parquet(cls, data: bytes, *, num_shards: int) -> "RowGroups":
-        """Take the index from the bytes of `row_groups.parquet`."""
+        """Read the index from the bytes of `row_groups.parquet`."""
         # Column by column: of a billion images the whole table beside its arrays would double the memory.
         columns = {name: _column(data, name) for name in ROW_GROUPS_SCHEMA.names}
         first = np.searchsorted(columns["shard"], np.arange(num_shards + 1, dtype=np.int32)).astype(np.int64)
         return cls(first=first, **columns)
 
     def to_table(self) -> pa.Table:
-        """The index as it is stored."""
+        """The index as the table of `row_groups.parquet`."""
         return pa.table([self.shard, self.offset, self.length, self.rows], schema=ROW_GROUPS_SCHEMA)
 
 
@@ -142,11 +142,11 @@ def open_dataset(uri: str) -> Dataset:
     """
     filesystem, root = resolve_uri(uri)
     try:
-        # Few attempts: at the start a wrong address is likelier than an outage.
+        # Few attempts: before anything was read, a wrong address is likelier than an outage.
         text = read_bytes(filesystem, f"{root}/{MANIFEST_NAME}", attempts=3)
     except (FileNotFoundError, NotADirectoryError):
         if isinstance(filesystem, pafs.S3FileSystem) and not _exists(filesystem, root.partition("/")[0]):
-            raise DataError(f"{uri}: the bucket does not exist; mend data.uri or AWS_ENDPOINT_URL") from None
+            raise DataError(f"{uri}: the bucket does not exist; correct data.uri or AWS_ENDPOINT_URL") from None
         if parts := _datasets_below(filesystem, root):
             named = " or ".join(f"{uri.rstrip('/')}/{part}" for part in parts)
             many = "two datasets" if len(parts) == 2 else f"{len(parts)} datasets" if len(parts) > 1 else "a dataset"

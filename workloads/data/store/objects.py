@@ -1,4 +1,4 @@
-"""The objects of a dataset's images as a detector is trained and measured on them: whose they are, and which images count."""
+"""Objects that a detector is trained and measured on: `read_objects`, from the dataset, a file of boxes or panoptic masks."""
 
 import hashlib
 import json
@@ -28,18 +28,18 @@ BOXES_SCHEMA = pa.schema(
         ("category", pa.string()),
     ]
 )
-"""Objects from elsewhere: boxes half-open, in pixels of the upright source image."""
+"""Columns of a file of boxes; boxes are half-open, in pixels of the upright source image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objects:
-    """The objects of one image, none of them without area."""
+    """The objects of one image; all have an area."""
 
     size_hw: tuple[int, int]  # pixels of the upright source image
     boxes_xyxy: np.ndarray  # float32 (n, 4), pixels of the upright source image
     categories: tuple[str, ...]
-    crowd: np.ndarray  # bool (n,): a region of many, which nothing is trained on and detections may lie in
-    difficult: np.ndarray  # bool (n,): neither trained on nor asked for
+    crowd: np.ndarray  # bool (n,): a region of many objects; not trained on, and detections in it are ignored
+    difficult: np.ndarray  # bool (n,): not trained on, and detections of it are ignored
     segments: np.ndarray | None = None  # int64 (n,): ids in the image's panoptic mask
 
     def trained(self) -> np.ndarray:
@@ -53,7 +53,7 @@ class PanopticMasks:
 
     filesystem: FileSystem
     files: Mapping[str, str]  # image id → path
-    objects: Mapping[str, Objects]  # image id → its things; the stuff is left out
+    objects: Mapping[str, Objects]  # image id → its things; stuff is left out
 
     def ids(self, image_id: str) -> np.ndarray:
         """int64 (H, W): the segment of each pixel; 0 for none.
@@ -64,7 +64,7 @@ class PanopticMasks:
         try:
             return segment_ids(read_bytes(self.filesystem, self.files[image_id]))
         except Exception as error:  # damaged bytes raise nearly any kind
-            raise DataError(f"{self.files[image_id]}: is no readable panoptic mask ({error}); restore it") from None
+            raise DataError(f"{self.files[image_id]}: not a readable panoptic mask ({error}); restore it") from None
 
 
 def segment_ids(png: bytes) -> np.ndarray:
@@ -79,15 +79,15 @@ def segment_ids(png: bytes) -> np.ndarray:
 def read_objects(
     dataset: Dataset, *, boxes: str | None = None, masks: "PanopticMasks | None" = None, class_agnostic: bool = False
 ) -> dict[str, Objects]:
-    """The objects of every image, by image id, in the dataset's order.
+    """Read the objects of every image, by image id, in the dataset's order.
 
     Args:
-        boxes: a Parquet file (`BOXES_SCHEMA`) whose objects take the place of the dataset's own.
-        masks: panoptic masks, whose things take the place of the dataset's own.
+        boxes: a Parquet file (`BOXES_SCHEMA`) whose objects replace the dataset's own.
+        masks: panoptic masks, whose things replace the dataset's own.
         class_agnostic: every category becomes `AGNOSTIC`.
 
     Raises:
-        DataError: a shard or the file cannot be read, or the file knows none of the dataset's images.
+        DataError: a shard or the file cannot be read, or the file has none of the dataset's images.
     """
     given = read_boxes(boxes) if boxes is not None else None
     found: dict[str, Objects] = {}
@@ -106,8 +106,8 @@ def read_objects(
         found[image_id] = _with_area(objects, class_agnostic)
     if given is not None and not given.keys() & found.keys():
         raise DataError(
-            f"{boxes}: knows none of the images of {dataset.uri} (its first is {next(iter(given), 'missing')!r}); "
-            "give the boxes that were found on this dataset"
+            f"{boxes}: has none of the images of {dataset.uri} (its first is {next(iter(given), 'missing')!r}); "
+            "give boxes of this dataset"
         )
     return found
 
@@ -143,10 +143,10 @@ def _with_area(objects: Objects, class_agnostic: bool) -> Objects:
 
 
 def read_boxes(uri: str) -> dict[str, tuple[np.ndarray, tuple[str, ...]]]:
-    """Boxes float32 (n, 4) and categories by image id, from a Parquet file of `BOXES_SCHEMA`.
+    """Read boxes float32 (n, 4) and categories by image id from a Parquet file of `BOXES_SCHEMA`.
 
     Raises:
-        DataError: no such file, a column missing, or a box that is no number.
+        DataError: no such file, a column missing, or a box with NaN or infinite sides.
     """
     filesystem, path = resolve_uri(uri)
     names = [name for name in BOXES_SCHEMA.names if name != "score"]
@@ -158,7 +158,7 @@ def read_boxes(uri: str) -> dict[str, tuple[np.ndarray, tuple[str, ...]]]:
         raise DataError(f"boxes: {uri} has no column {', '.join(sorted(missing))}; expected {', '.join(names)}")
     sides = np.stack([table[side].to_numpy().astype(np.float32) for side in ("x0", "y0", "x1", "y1")], axis=1)
     if not np.isfinite(sides).all():
-        raise DataError(f"boxes: {uri} has a box that is no number; write it again")
+        raise DataError(f"boxes: {uri} has a box with NaN or infinite sides; write it again")
     rows: defaultdict[str, list[int]] = defaultdict(list)
     for row, image_id in enumerate(table["image_id"].to_pylist()):
         rows[image_id].append(row)
@@ -167,7 +167,7 @@ def read_boxes(uri: str) -> dict[str, tuple[np.ndarray, tuple[str, ...]]]:
 
 
 def read_panoptic(uri: str) -> PanopticMasks:
-    """The masks of COCO's panoptic JSON at `uri`; the PNGs lie in the folder beside it that has its name without `.json`.
+    """Open the masks of COCO's panoptic JSON at `uri`; the PNGs are in the folder of its name without `.json`.
 
     Raises:
         DataError: it cannot be read, or is not in COCO's panoptic format.
@@ -198,7 +198,7 @@ def read_panoptic(uri: str) -> PanopticMasks:
 
 
 def category_names(dataset: Dataset, objects: Mapping[str, Objects], *, class_agnostic: bool) -> tuple[str, ...]:
-    """The categories that a detector of this dataset tells apart; label 1 is the first.
+    """The categories of a detector for this dataset; label 1 is the first.
 
     Those that the dataset's source names, else those that its objects have, sorted.
     """
@@ -212,7 +212,7 @@ def category_names(dataset: Dataset, objects: Mapping[str, Objects], *, class_ag
 def select_images(
     objects: Mapping[str, Objects], *, fraction: float, seed: int, keep_empty: bool = False
 ) -> np.ndarray:
-    """bool (images,): the images that a detector is trained on, in the order of `objects`.
+    """Select the images that a detector is trained on: bool (images,), in the order of `objects`.
 
     Those with an object to train on; of them, a share by a seeded hash of their ids, so that a smaller fraction's images
     are among a larger one's.

@@ -1,4 +1,4 @@
-"""Encodes region masks as PNG columns, decodes them and resizes them."""
+"""Encodes, decodes and resizes region masks, the PNGs of a dataset's `regions_…` columns."""
 
 import io
 
@@ -9,13 +9,14 @@ from workloads.data.store.image_file import open_image
 from workloads.errors import RunFailedError
 
 PREFIX = "regions_"
-"""What the name of every column of regions begins with."""
+"""Prefix of the name of every column of regions."""
 
-MOST_REGIONS = 65535  # what 16 bits hold
+MOST_REGIONS = 65535
+"""Largest region number, that of 16 bits."""
 
 
 class RegionsError(RunFailedError):
-    """A mask that was given cannot be used; the message says why."""
+    """A region mask cannot be used; the message is the reason."""
 
 
 def resize_regions(ids: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
@@ -27,17 +28,17 @@ def resize_regions(ids: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def encode_regions(ids: np.ndarray) -> bytes:
-    """int32 (H, W) as a PNG of 16-bit grey."""
+    """Encode region numbers, int32 (H, W), as a PNG of 16-bit grey."""
     buffer = io.BytesIO()
     Image.fromarray(ids.astype(np.uint16)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def decode_regions(encoded: bytes | memoryview | np.ndarray) -> np.ndarray:
-    """A mask's numbers, int32 (H, W).
+    """Decode the region numbers of a mask, int32 (H, W).
 
     Raises:
-        RegionsError: not a grey image of 8 or 16 bits, nor one with a palette, whose indices are the numbers.
+        RegionsError: neither grey of 8 or 16 bits nor a palette image, whose indices are the numbers.
     """
     try:
         with open_image(encoded) as png:

@@ -1,4 +1,4 @@
-"""One row group at a time: a ranged read, from the disk cache where there is one, checked before it is used."""
+"""`RowGroupReader`: ranged reads of single row groups, through the disk cache if there is one, checked before use."""
 
 import collections
 import threading
@@ -20,7 +20,7 @@ _COLUMNS = ["image.bytes", "image_id"]
 
 
 def damaged_shard(dataset: Dataset, shard: int, error: Exception) -> DataError:
-    """The error for a shard that cannot be read or is not what the manifest says."""
+    """The error for a shard that cannot be read or does not match the manifest."""
     name = dataset.manifest.shards[shard].name
     reason = " ".join(str(error).split())[:300]
     return DataError(
@@ -35,7 +35,7 @@ class RowGroup:
     data: np.ndarray  # uint8, all images one after the other
     offsets: np.ndarray  # int64 (rows + 1,)
     image_ids: list[str]
-    regions: list[bytes | None] | None = None  # encoded masks, where they were asked for
+    regions: list[bytes | None] | None = None  # encoded masks, where a column of them is read
 
     def encoded(self, row: int) -> np.ndarray | None:
         """One image's bytes, uint8 (n,), or None where the row has none."""
@@ -44,7 +44,10 @@ class RowGroup:
 
 
 class RowGroupReader:
-    """Fetches row groups by their number in the dataset; safe for many threads."""
+    """Fetches row groups by their number in the dataset; safe for many threads.
+
+    The most recently used shards stay open; a file that leaves them is closed when its last reader drops it.
+    """
 
     def __init__(self, dataset: Dataset, cache: DiskCache | None = None, *, regions: str | None = None) -> None:
         self._dataset = dataset
@@ -128,10 +131,10 @@ def region_columns(dataset: Dataset) -> list[str]:
 
 
 def check_regions(dataset: Dataset, name: str) -> None:
-    """See that the dataset has a column of regions of this name.
+    """Check that the dataset has a column of regions of this name.
 
     Raises:
-        DataError: it has not; the message names those that it has.
+        DataError: it does not; the message names the columns that it has.
     """
     known = region_columns(dataset)
     if name not in known:
@@ -141,7 +144,7 @@ def check_regions(dataset: Dataset, name: str) -> None:
 
 def _as_row_group(table: pa.Table, regions: str | None) -> RowGroup:
     column = table["image"]
-    # combine_chunks copies even a single chunk, which is what a row group of ours is.
+    # combine_chunks copies even a single chunk, and a row group of this project's builds is one.
     chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     images = chunk.field("bytes").cast(pa.large_binary())
     _, offsets, data = images.buffers()
@@ -154,7 +157,7 @@ def _as_row_group(table: pa.Table, regions: str | None) -> RowGroup:
 
 
 class _Extent:
-    """A file of which only one extent is there: what pyarrow reads of a row group's pages."""
+    """A file of which only one extent exists: the pages of a row group, which is all that pyarrow reads."""
 
     closed = False
 

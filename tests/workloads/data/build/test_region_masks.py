@@ -17,7 +17,12 @@ from orchestrator.datasets.verify import verify_dataset
 from tests.places import SHARED_DATA
 from tests.workloads.data.images import encoded, make_folder, picture, quarters
 from workloads.config import build
-from workloads.data.build.region_masks import FelzenszwalbConfig, RegionColumnsConfig, SlicConfig, compute_regions
+from workloads.data.build.region_masks import (
+    FelzenszwalbColumnConfig,
+    RegionColumnsConfig,
+    SlicColumnConfig,
+    compute_regions,
+)
 from workloads.data.build.shards import BuildConfig
 from workloads.data.loading.loaders import TrainLoader
 from workloads.data.loading.pipeline import DataConfig
@@ -66,7 +71,7 @@ def test_nearest_resizing_keeps_numbers_and_places():
 def test_segmentations_find_the_four_quarters():
     image = pixels_of(quarters(width=160, height=80))
     settings = RegionColumnsConfig(
-        felzenszwalb=FelzenszwalbConfig(scale=100, min_size=50), slic=SlicConfig(segments=40)
+        felzenszwalb=FelzenszwalbColumnConfig(scale=100, min_size=50), slic=SlicColumnConfig(segments=40)
     )
     found = compute_regions(image, "x", settings, None)
     for ids in found.values():
