@@ -19,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from workloads.config import config, to_dict
 from workloads.data.views.detection import DetectionViews
 from workloads.models.backbone import STAGES, GlobalBatchNorm2d, Stage, Trunk
+from workloads.models.retina_loss import retina_loss
 from workloads.parallel.distributed import averaged, global_mean
 from workloads.types import Detections, StepResult
 
@@ -145,8 +146,9 @@ class Detector(nn.Module):
             levels = list(features.values())
             # It has no background category: its first is 0.
             targets = [{**target, "labels": target["labels"] - 1} for target in views.targets or []]
-            found = network.compute_loss(targets, network.head(levels), network.anchor_generator(images, levels))
-            return {"loss_category": found["classification"], "loss_box": found["bbox_regression"]}
+            outputs, anchors = network.head(levels), network.anchor_generator(images, levels)
+            category, box = retina_loss(outputs["cls_logits"], outputs["bbox_regression"], anchors, targets)
+            return {"loss_category": category, "loss_box": box}
         proposals, first = network.rpn(images, features, views.targets)
         _, second = network.roi_heads(features, proposals, images.image_sizes, views.targets)
         named = {
