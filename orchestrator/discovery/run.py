@@ -16,7 +16,8 @@ from orchestrator.discovery.actors import Progress, work
 from orchestrator.discovery.spec import DiscoverExperiment
 from orchestrator.runs.records import MetricsRecord
 from orchestrator.storage.locks import hold
-from orchestrator.tracking.addresses import quiet_mlflow, run_address
+from orchestrator.tracking.addresses import run_address
+from orchestrator.tracking.client import quiet_mlflow
 from orchestrator.tracking.header import DatasetUse, RunHeader, header_of, prefixed
 from orchestrator.tracking.sink import MlflowSink
 from workloads.config import flatten

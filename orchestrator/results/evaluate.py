@@ -1,7 +1,6 @@
 """`orchestrator evaluate`: measure a run's model on a dataset and add the figures to the run."""
 
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from orchestrator.tracking.addresses import run_address
 from orchestrator.tracking.header import dataset_label
 from orchestrator.tracking.lookup import find_run, open_tracking
 from orchestrator.tracking.model import fetch_weights
-from orchestrator.tracking.sink import MUST_AGREE_TOLERANCE
+from orchestrator.tracking.run_metrics import log_once
 from workloads.config import apply_overrides, build, parse_overrides, read_yaml, to_dict
 from workloads.errors import ConfigError, RunFailedError
 
 
 class EvaluationError(RunFailedError):
-    """The run has no model that could be evaluated, or the figures contradict those it has."""
+    """The run has no model that could be evaluated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,8 @@ def evaluate_run(
     Raises:
         ConfigError: no such run, no dataset given, or an unknown key.
         DataError: no dataset there.
-        EvaluationError: the run has no model yet, or has other figures at this step.
+        EvaluationError: the run has no model yet.
+        TrackingError: the run has other figures at this step.
     """
     client = open_tracking(tracking_uri)
     found = find_run(client, run)
@@ -68,7 +68,8 @@ def one_shot_of_run(
     Raises:
         ConfigError: no such run, or an unknown key.
         DataError: no dataset there, or one without objects.
-        EvaluationError: the run has no model yet, or has other figures at this step.
+        EvaluationError: the run has no model yet.
+        TrackingError: the run has other figures at this step.
     """
     from orchestrator.experiments.load import absolute_uri
     from workloads.data.store.manifest import open_dataset
@@ -126,29 +127,6 @@ def _measure(
     named = uri or labelled or ""
     label = f"{dataset_label(named)}-{open_dataset(named).manifest.sha256[:8]}"
     return figures, "eval/" if is_own else f"eval/on_{label}/", step, output
-
-
-def log_once(client: Any, run_id: str, metrics: Mapping[str, float], *, step: int) -> None:
-    """Log `metrics` at `step`; what the run already has there must agree and is not logged again.
-
-    Raises:
-        EvaluationError: the run has another value.
-    """
-    from mlflow.entities import Metric
-
-    known = client.get_run(run_id).data.metrics
-    fresh = []
-    for key, value in metrics.items():
-        history = client.get_metric_history(run_id, key) if key in known else []
-        earlier = [metric.value for metric in history if metric.step == step]
-        if not earlier:
-            fresh.append(Metric(key, float(value), int(time.time() * 1000), step))
-        elif abs(earlier[0] - value) > MUST_AGREE_TOLERANCE * max(1.0, abs(value)):
-            raise EvaluationError(
-                f"{key} at step {step} is {value:.5f} now, the run says {earlier[0]:.5f}: another machine?"
-            )
-    if fresh:
-        client.log_batch(run_id, metrics=fresh)
 
 
 def _log_artifacts(client: Any, run_id: str, folder: Path, place: str | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.tracking.lookup import find_run, open_tracking
+from orchestrator.tracking.registry import register_model, version_at
 from workloads.config import build
 from workloads.errors import ConfigError, RunFailedError
 from workloads.evaluation.tables import hits_of
@@ -136,13 +137,13 @@ def promote(
     candidate = _Candidate.of(client, run)
     name = model or run.data.params.get("name") or run.info.run_name
     reasons = [why for gate in gates if (why := gate.failure(candidate.figures))]
-    champion = _version_at(client, name, alias)
+    champion = version_at(client, name, alias)
     gains: list[Gain] = []
     if champion is not None:
         if champion.run_id == run.info.run_id:
             raise PromotionRefusedError(f"{name}@{alias} is this run's model already (version {champion.version})")
         try:
-            gains = paired_gains(client, candidate, _Candidate.of(client, client.get_run(champion.run_id)))
+            gains = paired_gains(client, candidate, _Candidate.of(client, client.get_run(str(champion.run_id))))
         except PromotionRefusedError as error:
             reasons.append(str(error))
         reasons += [
@@ -177,7 +178,7 @@ def roll_back(model: str, *, alias: str = "champion", tracking_uri: str | None =
         ConfigError: no such model or alias, or nothing had it before.
     """
     client = open_tracking(tracking_uri)
-    current = _version_at(client, model, alias)
+    current = version_at(client, model, alias)
     if current is None:
         raise ConfigError(f"--model {model}: no registered model of this name has the alias {alias}")
     previous = current.tags.get(_PREVIOUS)
@@ -267,45 +268,13 @@ def _evaluation(client: Any, candidate: _Candidate) -> tuple[dict[str, Any], dic
         return json.loads(record.read_text()), hits_of(hits.read_bytes())
 
 
-def _version_at(client: Any, name: str, alias: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException:
-        return None
-
-
 def _register(client: Any, name: str, candidate: _Candidate, told: Mapping[str, str]) -> str:
-    """The model's version in the registry, made now or by a promotion that was killed; tagged with its lineage."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    mlflow.set_tracking_uri(client.tracking_uri)  # the registry looks the model up there, whatever its client was told
+    """The model's version in the registry, created now or by an earlier promotion that was killed; tagged with its lineage."""
     run = candidate.run
-    if not client.search_registered_models(f"name = '{name}'"):
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            raise ConfigError(f"--model {name}: {error.message}") from None
-    made = [v for v in client.search_model_versions(f"name = '{name}'") if v.model_id == candidate.model_id]
-    source = f"models:/{candidate.model_id}"
-    version = (
-        made[0]
-        if made
-        else client.create_model_version(name, source, run_id=run.info.run_id, model_id=candidate.model_id)
-    )
     lineage = {key: run.data.tags[key] for key in _LINEAGE if key in run.data.tags}
     measured = {key: f"{value:.6g}" for key, value in candidate.figures.items() if _is_headline(key)}
-    for key, value in {
-        **lineage,
-        **measured,
-        "run.name": run.info.run_name,
-        "run.step": candidate.step,
-        **told,
-    }.items():
-        client.set_model_version_tag(name, version.version, key, str(value))
-    return str(version.version)
+    tags = {**lineage, **measured, "run.name": run.info.run_name, "run.step": candidate.step, **told}
+    return register_model(client, name, model_id=candidate.model_id, run_id=run.info.run_id, tags=tags)
 
 
 def _is_headline(key: str) -> bool:

@@ -1,10 +1,10 @@
-"""Delivers the records of a journal to a sink (MLflow) from a background thread, and tries again after an outage."""
+"""`JournalDrain` delivers the records of a journal to a `Sink` (MLflow) from a background thread, and retries after an outage."""
 
 import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,27 +15,33 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Where records go. `write` may raise and is then called again with the same records."""
+    """Takes records."""
 
     def write(self, records: Sequence[Record]) -> None:
-        """Deliver `records`; one that was delivered before must not count twice."""
+        """Deliver `records`. After an exception it is called again with the same ones; none may then count twice."""
         ...
 
 
 class JournalDrain:
-    """One thread that delivers a journal's records to a sink, however often that takes, until it is closed."""
+    """A thread that delivers a journal's records in order, until it is closed.
+
+    Args:
+        check: called before each delivery; if it raises, nothing is delivered until a later call returns.
+        first_retry_s: wait after the first failed delivery; it doubles up to `last_retry_s`.
+    """
 
     def __init__(
         self,
         path: str | Path,
         sink: Sink,
         *,
+        check: Callable[[], None] = lambda: None,
         poll_s: float = 0.5,
         first_retry_s: float = 0.5,
         last_retry_s: float = 30.0,
     ) -> None:
         self._reader = JournalReader(path)
-        self._sink = sink
+        self._sink, self._check = sink, check
         self._poll_s = poll_s
         self._first_retry_s = first_retry_s
         self._last_retry_s = last_retry_s
@@ -46,11 +52,11 @@ class JournalDrain:
         self.last_error: Exception | None = None
 
     def start(self) -> None:
-        """Begin to deliver."""
+        """Start delivering."""
         self._thread.start()
 
     def close(self, *, timeout_s: float = 60.0) -> int:
-        """Deliver what is left, for at most `timeout_s`; returns how many records stayed behind in the journal."""
+        """Deliver the rest, for at most `timeout_s`; returns how many records are still only in the journal."""
         self._deadline = time.monotonic() + timeout_s
         self._closing.set()
         with contextlib.suppress(RuntimeError):  # never started
@@ -64,6 +70,7 @@ class JournalDrain:
             self._pending += self._reader.read()
             if self._pending:
                 try:
+                    self._check()
                     self._sink.write(self._pending)
                     self._pending = []
                     self.last_error = None
@@ -75,7 +82,14 @@ class JournalDrain:
             if closing and (not self._pending or time.monotonic() > self._deadline):
                 return
             if self._pending:
-                time.sleep(min(delay, max(0.0, self._deadline - time.monotonic())))
+                self._pause(min(delay, max(0.0, self._deadline - time.monotonic())))
                 delay = min(2 * delay, self._last_retry_s)
             else:
                 self._closing.wait(self._poll_s)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait; `close` ends the first wait, since a run's end should not wait for a retry that is far off."""
+        if self._closing.is_set():
+            time.sleep(seconds)
+        else:
+            self._closing.wait(seconds)

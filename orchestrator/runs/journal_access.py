@@ -12,6 +12,7 @@ from orchestrator.runs.identity import Run, begun_run
 from orchestrator.runs.journal import JournalReader, parse_journal
 from orchestrator.runs.journal_archive import JournalArchive, read_segments
 from orchestrator.runs.records import Record
+from orchestrator.storage.lock import Lock
 from workloads.errors import ConfigError
 
 
@@ -26,11 +27,14 @@ def read_records(experiment: AnyExperiment) -> list[Record]:
 
 
 @contextlib.contextmanager
-def open_journal(experiment: AnyExperiment, run: Run) -> Iterator[Path]:
+def open_journal(experiment: AnyExperiment, run: Run, *, lock: Lock) -> Iterator[Path]:
     """Path of the run's journal on this machine.
 
     Where the run's storage is local, the journal lies in the run's folder. Else it lies in a temporary folder and
     `JournalArchive` copies it to the storage; the folder is removed once all of it is there.
+
+    Args:
+        lock: the run's, without which nothing is copied.
 
     Raises:
         ConfigError: the storage cannot be read.
@@ -39,7 +43,7 @@ def open_journal(experiment: AnyExperiment, run: Run) -> Iterator[Path]:
         yield _local_journal(run)
         return
     path = Path(tempfile.gettempdir(), f"orchestrator-{run.claim}", "journal.jsonl")
-    archive = JournalArchive(path, run.filesystem, f"{run.folder}/journal")
+    archive = JournalArchive(path, run.filesystem, f"{run.folder}/journal", check=lock.check)
     try:
         archive.start()
     except OSError as error:

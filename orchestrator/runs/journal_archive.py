@@ -2,12 +2,14 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.fs as arrow_fs
 
 from orchestrator.runs.journal import complete_lines, parse_journal
 from orchestrator.runs.records import TagsRecord
+from workloads.errors import UserError
 from workloads.storage.filesystems import atomic_write, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -16,14 +18,21 @@ logger = logging.getLogger(__name__)
 class JournalArchive:
     """Copies new lines of the journal to the storage every `period_s` seconds, because this machine may be lost.
 
-    The segments, concatenated in order, are a prefix of the journal.
+    The segments, concatenated in order, are a prefix of the journal. Before each one `check` is called; if it raises a
+    `UserError`, nothing is copied: the process no longer owns the run, or does not know.
     """
 
     def __init__(
-        self, path: str | Path, filesystem: arrow_fs.FileSystem, folder: str, *, period_s: float = 10.0
+        self,
+        path: str | Path,
+        filesystem: arrow_fs.FileSystem,
+        folder: str,
+        *,
+        check: Callable[[], None] = lambda: None,
+        period_s: float = 10.0,
     ) -> None:
         self._path, self._filesystem, self._folder = Path(path), filesystem, folder
-        self._period_s = period_s
+        self._check, self._period_s = check, period_s
         self._segments = self._offset = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal-archive", daemon=True)
@@ -71,8 +80,9 @@ class JournalArchive:
         while True:
             stopping = self._stop.wait(self._period_s)
             try:
+                self._check()
                 self.push()
-            except OSError as error:
+            except (OSError, UserError) as error:
                 logger.warning("journal: not copied to the run's storage, will try again: %s", error)
             if stopping:
                 return

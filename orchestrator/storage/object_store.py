@@ -1,25 +1,19 @@
-"""What pyarrow's S3 cannot do, by boto3: ask before work starts, write only if nobody has, lock, and clean up."""
+"""boto3 operations that pyarrow's S3 lacks: preflight check, conditional put, an object's age, removal of stale uploads."""
 
 import contextlib
-import json
 import os
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
 from workloads.errors import DataError
 from workloads.storage.filesystems import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S
 
-LOCK_TTL_S = 20.0
-"""A lock that was not renewed for so long belongs to a process that died."""
-
-
-class HeldError(DataError):
-    """Another process holds a lock; the message says what it does."""
+QUICK_TIMEOUT_S = 10.0
+"""The longest that one `quick` request takes, which is not repeated."""
 
 
 def split_s3(uri: str) -> tuple[str, str]:
@@ -31,17 +25,18 @@ def split_s3(uri: str) -> tuple[str, str]:
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.strip("/").partition("/")
     if scheme != "s3" or not bucket:
-        raise DataError(f"{uri}: is no S3 URI; give s3://bucket/prefix")
+        raise DataError(f"{uri}: not an S3 URI; give s3://bucket/prefix")
     return bucket, key
 
 
-def client() -> Any:
-    """A boto3 client configured by the environment, as pyarrow's is, with bounded retries and waits."""
-    return _client(tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))))
+def client(*, quick: bool = False) -> Any:
+    """A boto3 client configured by the environment, as pyarrow's is; with `quick`, a request is short and not repeated."""
+    environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    return _client(environment, quick)
 
 
-@lru_cache(maxsize=4)
-def _client(_: tuple[tuple[str, str], ...]) -> Any:
+@lru_cache(maxsize=8)
+def _client(_: tuple[tuple[str, str], ...], quick: bool) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -49,19 +44,19 @@ def _client(_: tuple[tuple[str, str], ...]) -> Any:
     style = "path" if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") else "auto"
     settings = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=REQUEST_TIMEOUT_S,
-        retries={"mode": "standard", "max_attempts": 3},
+        read_timeout=QUICK_TIMEOUT_S - CONNECT_TIMEOUT_S if quick else REQUEST_TIMEOUT_S,
+        retries={"mode": "standard", "max_attempts": 1 if quick else 3},
         s3={"addressing_style": style},
     )
-    # A session of its own: boto3's default one keeps the first credentials it saw.
+    # Not boto3's default session, which stores the first credentials that it saw.
     return boto3.session.Session().client("s3", region_name=region, config=settings)
 
 
 def preflight(uri: str) -> None:
-    """See that the bucket is there and may be written to, before work starts.
+    """Write and delete a small object below `uri`, before work starts.
 
     Raises:
-        DataError: it is not; the message says which of address, credentials and bucket to mend.
+        DataError: the bucket cannot be used; the message says which of endpoint, credentials and bucket to correct.
     """
     bucket, prefix = split_s3(uri)
     probe = f"{prefix}/_preflight-{uuid.uuid4().hex}".lstrip("/")
@@ -73,15 +68,15 @@ def preflight(uri: str) -> None:
 
 @contextlib.contextmanager
 def _explained(uri: str) -> Iterator[None]:
-    """Turn what boto3 raises into one sentence."""
+    """Turn boto3's errors into a `DataError` of one sentence."""
     from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, NoCredentialsError
 
     try:
         yield
     except NoCredentialsError:
-        raise DataError(f"{uri}: there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        raise DataError(f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
     except EndpointConnectionError as error:
-        raise DataError(f"{uri}: the service does not answer ({error}); mend AWS_ENDPOINT_URL") from None
+        raise DataError(f"{uri}: the service does not answer ({error}); check AWS_ENDPOINT_URL") from None
     except ClientError as error:
         raise DataError(f"{uri}: {_advice(error)}") from None
     except BotoCoreError as error:
@@ -91,11 +86,11 @@ def _explained(uri: str) -> Iterator[None]:
 def _advice(error: Any) -> str:
     match _code(error):
         case "NoSuchBucket" | "404":
-            return "the bucket does not exist; make it or mend the URI"
+            return "the bucket does not exist; create it or correct the URI"
         case "SignatureDoesNotMatch" | "InvalidAccessKeyId" | "403":
-            return "the credentials are refused; mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            return "the credentials are refused; correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         case "AccessDenied":
-            return "access is denied; ask for the right to write to this bucket"
+            return "access is denied; the credentials need permission to write to this bucket"
         case code:
             return f"the service refuses with {code} ({error})"
 
@@ -105,7 +100,10 @@ def _code(error: Any) -> str:
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
-    """Write an object unless there is one; returns whether it was written. Of several writers one wins.
+    """Write an object unless it exists; returns whether it was written. Of several writers exactly one succeeds.
+
+    OpenStack Swift checks and writes in two steps. There several that write at the same moment may all succeed, and the last
+    one's object stays.
 
     Raises:
         DataError: the service cannot be used.
@@ -123,8 +121,29 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             raise
 
 
-def get_object(uri: str) -> bytes | None:
-    """An object's bytes, or None where there is none.
+def put_object(uri: str, data: bytes, *, quick: bool = False) -> None:
+    """Write an object.
+
+    Raises:
+        DataError: the service cannot be used.
+    """
+    bucket, key = split_s3(uri)
+    with _explained(uri):
+        client(quick=quick).put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def get_object(uri: str, *, quick: bool = False) -> bytes | None:
+    """An object's bytes, or None if it does not exist.
+
+    Raises:
+        DataError: the service cannot be used.
+    """
+    found = get_with_age(uri, quick=quick)
+    return None if found is None else found[0]
+
+
+def get_with_age(uri: str, *, quick: bool = False) -> tuple[bytes, float] | None:
+    """An object's bytes, and the seconds since it was written by the service's own clock; None if it does not exist.
 
     Raises:
         DataError: the service cannot be used.
@@ -134,15 +153,41 @@ def get_object(uri: str) -> bytes | None:
     bucket, key = split_s3(uri)
     with _explained(uri):
         try:
-            return client().get_object(Bucket=bucket, Key=key)["Body"].read()
+            answer = client(quick=quick).get_object(Bucket=bucket, Key=key)
+            sent = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            now = parsedate_to_datetime(sent) if sent else answer["LastModified"]
+            return answer["Body"].read(), max(0.0, (now - answer["LastModified"]).total_seconds())
         except ClientError as error:
             if _code(error) in ("NoSuchKey", "404"):
                 return None
             raise
 
 
+def list_names(uri: str) -> list[str]:
+    """The names of the objects directly below `uri`.
+
+    Raises:
+        DataError: the service cannot be used.
+    """
+    bucket, prefix = split_s3(uri)
+    with _explained(uri):
+        answer = client().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/", Delimiter="/")
+    return [item["Key"].rpartition("/")[2] for item in answer.get("Contents", [])]
+
+
+def delete_object(uri: str, *, quick: bool = False) -> None:
+    """Delete an object if it exists.
+
+    Raises:
+        DataError: the service cannot be used.
+    """
+    bucket, key = split_s3(uri)
+    with _explained(uri):
+        client(quick=quick).delete_object(Bucket=bucket, Key=key)
+
+
 def abort_stale_uploads(uri: str, *, older_than_s: float = 86_400.0) -> int:
-    """Abort multipart uploads below `uri` that nobody finished, which cost storage unseen; returns how many.
+    """Abort unfinished multipart uploads below `uri`, which occupy storage that no listing shows; returns how many.
 
     Raises:
         DataError: the service cannot be used.
@@ -158,65 +203,3 @@ def abort_stale_uploads(uri: str, *, older_than_s: float = 86_400.0) -> int:
                     s3.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
                     aborted += 1
     return aborted
-
-
-@contextlib.contextmanager
-def lock(uri: str, *, what: str, ttl_s: float = LOCK_TTL_S) -> Iterator[None]:
-    """Hold the object at `uri` as a lock, renewed while the context lasts; one of a dead process is taken over.
-
-    Raises:
-        HeldError: somebody else holds it; `what` tells what they are doing.
-    """
-    token = uuid.uuid4().hex
-    _acquire(uri, token, what, ttl_s)
-    stop = threading.Event()
-    renewer = threading.Thread(target=_renew, args=(uri, token, ttl_s, stop), name="s3-lock", daemon=True)
-    renewer.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        renewer.join(REQUEST_TIMEOUT_S)
-        if _token(uri) == token:
-            _delete(uri)
-
-
-def _acquire(uri: str, token: str, what: str, ttl_s: float) -> None:
-    for _ in range(3):
-        if put_if_absent(uri, _lock_body(token)):
-            return
-        held = get_object(uri)
-        age_s = time.time() - (json.loads(held)["renewed"] if held else 0)
-        if held and age_s < ttl_s:
-            raise HeldError(
-                f"{uri}: another process is {what} (seen {age_s:.0f} s ago); wait for it, "
-                f"or {ttl_s:.0f} s after it died"
-            )
-        # Only the lock that was looked at may go: somebody may have taken over in between.
-        if held and _token(uri) == json.loads(held)["token"]:
-            _delete(uri)
-    raise HeldError(f"{uri}: several processes want this lock at once; give the command again")
-
-
-def _renew(uri: str, token: str, ttl_s: float, stop: threading.Event) -> None:
-    bucket, key = split_s3(uri)
-    while not stop.wait(ttl_s / 4):
-        with contextlib.suppress(DataError), _explained(uri):
-            if _token(uri) != token:
-                return
-            client().put_object(Bucket=bucket, Key=key, Body=_lock_body(token))
-
-
-def _lock_body(token: str) -> bytes:
-    return json.dumps({"token": token, "renewed": time.time()}).encode()
-
-
-def _token(uri: str) -> str | None:
-    body = get_object(uri)
-    return json.loads(body)["token"] if body else None
-
-
-def _delete(uri: str) -> None:
-    bucket, key = split_s3(uri)
-    with _explained(uri):
-        client().delete_object(Bucket=bucket, Key=key)

@@ -21,7 +21,7 @@ def close_abandoned_run(experiment: AnyExperiment, *, status: str, tags: Mapping
     Raises:
         RunHeldError: a process drives the run.
     """
-    with hold_run(experiment):
+    with hold_run(experiment) as lock:
         run = begun_run(experiment)
         if run is None or finished_run(run):
             return None
@@ -33,7 +33,7 @@ def close_abandoned_run(experiment: AnyExperiment, *, status: str, tags: Mapping
             filesystem=run.filesystem,
             run_folder=run.folder,
         )
-        with open_journal(experiment, run) as journal:
+        with open_journal(experiment, run, lock=lock) as journal:
             sink.write([*JournalReader(journal).read(), TagsRecord(tags=tags)])
         sink.close(status)
         return sink.run_id

@@ -1,6 +1,5 @@
-"""Addresses of the tracking store, of its artifacts and of its pages; secrets removed."""
+"""URIs of the tracking store and its artifacts, and the addresses of its pages, without credentials."""
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from workloads.errors import ConfigError, RunFailedError
 
 
 class TrackingError(RunFailedError):
-    """The tracking server does not do what the run needs of it."""
+    """The tracking store lacks or contradicts what the command needs; the message names it."""
 
 
 def tracking_uri(experiment: AnyExperiment) -> str:
@@ -31,42 +30,31 @@ def tracking_uri(experiment: AnyExperiment) -> str:
 
 
 def artifact_root(experiment: AnyExperiment) -> str | None:
-    """Where artifacts go when the tracking store is a local SQLite file; a server decides for itself."""
+    """URI of the artifacts folder for a tracking store in a local SQLite file; None for a server, which has its own."""
     is_local = tracking_uri(experiment).startswith("sqlite:") and "://" not in experiment.storage.path
     return Path(experiment.storage.path, "mlartifacts").as_uri() if is_local else None
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the credentials taken out of its addresses."""
+    """`text` without the credentials in its URLs."""
     return re.sub(r"://[^/@\s'\"]+@", "://", text)
 
 
-def quiet_mlflow() -> None:
-    """No telemetry; a dead server is reported after seconds, not minutes, because the journal does the retrying."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-
-
 def page_address(uri: str, page: str) -> str:
-    """Where people open a page of MLflow: on its server, or on the one that the command starts for a local store."""
+    """Address of a page of MLflow; for a local store, the command that serves it and the address then."""
     if is_server(uri):
         return f"{without_secrets(uri).rstrip('/')}/{page}"
     return f"{_local_server(uri)}   then http://127.0.0.1:5000/{page}"
 
 
 def run_address(uri: str, experiment_id: str, run_id: str) -> str:
-    """Where people look at the run: a server's page, or the command that opens a local store."""
+    """Address of a run's page; for a local store, the command that serves it."""
     page = f"#/experiments/{experiment_id}/runs/{run_id}"
     return page_address(uri, page) if is_server(uri) else _local_server(uri)
 
 
 def is_server(uri: str) -> bool:
-    """Whether a tracking store is reached through a server of MLflow."""
+    """Whether `uri` is that of an MLflow server."""
     return uri.startswith(("http://", "https://"))
 
 

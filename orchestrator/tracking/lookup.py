@@ -1,19 +1,23 @@
-"""Finds a run in the tracking store by its id or its name."""
+"""`open_tracking` opens a tracking store, `find_run` finds a run in it by its id or name."""
 
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from orchestrator.tracking.addresses import quiet_mlflow
+from orchestrator.tracking.client import quiet_mlflow
 from workloads.errors import ConfigError
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
-def open_tracking(tracking_uri: str | None) -> Any:
-    """A client of the given MLflow store, else of MLFLOW_TRACKING_URI's, else of runs/mlflow.db.
+
+def open_tracking(tracking_uri: str | None) -> "MlflowClient":
+    """A client of the store at `tracking_uri`, else at MLFLOW_TRACKING_URI, else of runs/mlflow.db.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the store is an SQLite file that does not exist.
     """
     quiet_mlflow()
     from mlflow import MlflowClient
@@ -24,11 +28,11 @@ def open_tracking(tracking_uri: str | None) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def find_run(client: Any, run: str) -> Any:
-    """The MLflow run with this id, else the newest with this name.
+def find_run(client: "MlflowClient", run: str) -> "Run":
+    """The MLflow run with this id, or the newest with this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no run has it.
     """
     from mlflow.exceptions import MlflowException
 
@@ -39,7 +43,7 @@ def find_run(client: Any, run: str) -> Any:
             raise ConfigError(f"{run}: no run with this id in the tracking store") from None
     everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
     query = f"attributes.run_name = '{run}'" if "'" not in run else "attributes.run_name = ''"
-    found = client.search_runs(everywhere, query, order_by=["attributes.start_time DESC"], max_results=1)
-    if not found:
+    matches = client.search_runs(everywhere, query, order_by=["attributes.start_time DESC"], max_results=1)
+    if not matches:
         raise ConfigError(f"{run}: no run with this name in the tracking store")
-    return found[0]
+    return matches[0]

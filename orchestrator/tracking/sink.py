@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pyarrow.fs as arrow_fs
 
 from orchestrator.runs.records import ArtifactsRecord, MetricsRecord, Record, TagsRecord
-from orchestrator.tracking.addresses import TrackingError, quiet_mlflow, without_secrets
+from orchestrator.tracking.addresses import TrackingError, without_secrets
+from orchestrator.tracking.client import quiet_mlflow
 from orchestrator.tracking.header import CLAIM_TAG, RunHeader, dataset_label
 from workloads.storage.filesystems import is_final
 

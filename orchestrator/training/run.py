@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import signal
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,18 +17,18 @@ from orchestrator.ray_support.private import submission_id
 from orchestrator.ray_support.session import is_trial, on_cluster, start_ray, uses_fast_paths
 from orchestrator.ray_support.spare_processes import order_first
 from orchestrator.runs.delivery import JournalDrain
-from orchestrator.runs.identity import Run, claim_run, finished_run, hold_run, mark_finished
+from orchestrator.runs.identity import Run, claim_run, finished_run, hold_run, mark_finished, refuse_if_held
 from orchestrator.runs.journal import Journal
 from orchestrator.runs.journal_access import open_journal
 from orchestrator.runs.records import TagsRecord
 from orchestrator.tracking.addresses import (
     TrackingError,
     artifact_root,
-    quiet_mlflow,
     run_address,
     tracking_uri,
     without_secrets,
 )
+from orchestrator.tracking.client import quiet_mlflow
 from orchestrator.tracking.header import DatasetUse, run_header
 from orchestrator.tracking.sink import MlflowSink
 from orchestrator.training import PRELOAD
@@ -62,12 +64,13 @@ def train(
         TrainingError: the run failed.
     """
     with watch.phase("preflight"):
+        refuse_if_held(experiment)
         datasets = check_request(experiment)
         uri = tracking_uri(experiment)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(hold_run(experiment))
+        lock = stack.enter_context(hold_run(experiment))
         run = claim_run(experiment, manifest_sha256=datasets[0].sha256)
-        journal = stack.enter_context(open_journal(experiment, run))
+        journal = stack.enter_context(open_journal(experiment, run, lock=lock))
         quiet_mlflow()
         sink = MlflowSink(
             run_header(experiment, run, datasets=datasets, tags=tags or {}),
@@ -83,6 +86,7 @@ def train(
         session = Session(
             experiment=experiment,
             run=run,
+            lock=lock,
             sink=sink,
             journal=journal,
             uri=uri,
@@ -93,7 +97,13 @@ def train(
             callbacks=callbacks,
         )
         _connect(session)
-        return _fit_and_record(session)
+        lock.on_lost(lambda: _abort(run.claim))
+        try:
+            return _fit_and_record(session)
+        except BaseException:
+            if lock.lost:
+                lock.check()  # the reason for whatever was raised
+            raise
 
 
 def _connect(session: Session) -> None:
@@ -137,7 +147,7 @@ def _fit_and_record(session: Session) -> TrainOutcome:
     sink, experiment = session.sink, session.experiment
     tags = {"ray.job_id": ray.get_runtime_context().get_job_id(), **_submission()}
     Journal(session.journal).append(TagsRecord(tags=tags, time_ms=int(1000 * session.watch.began)))
-    drain = JournalDrain(session.journal, sink)
+    drain = JournalDrain(session.journal, sink, check=session.lock.check)
     drain.start()
     status, ended = "FAILED", False
     try:
@@ -150,10 +160,11 @@ def _fit_and_record(session: Session) -> TrainOutcome:
         status = "FINISHED"
         raise
     finally:
-        undelivered = drain.close()
-        if not ended and sink.run_id is not None:
+        undelivered = drain.close(timeout_s=0.0 if session.lock.lost else 60.0)
+        if not ended and sink.run_id is not None and not session.lock.lost:
             with contextlib.suppress(Exception):
                 sink.close(status)
+    session.lock.check()
     if undelivered:
         raise TrainingError(
             f"run {session.run.name} is trained, but {without_secrets(session.uri)} did not take {undelivered} records "
@@ -206,6 +217,8 @@ def _attempt_until_done(session: Session, stop: "StopRequest") -> None:
         except (TrainingFailedError, RayError) as error:
             if session.debug:
                 logger.exception("an attempt failed")
+            if session.lock.lost:
+                raise
             failure, decision = attempts.judge(error)
             attempts.record(failure)
             if decision.action == "stop":
@@ -240,3 +253,13 @@ def _fit(session: Session, attempts: "Attempts") -> None:
         if is_trial():  # Tune stops a trial that has trained enough
             raise
         raise KeyboardInterrupt from None  # Ray's handler of Ctrl-C stops the workers and exits as if all were done
+
+
+def _abort(claim: str) -> None:
+    """End the fit of a run whose lock is lost: at once in a driver; in a trial, which is no main thread, after a checkpoint."""
+    from orchestrator.training.progress import ask_to_stop
+
+    if is_trial():
+        ask_to_stop(claim)
+    else:
+        os.kill(os.getpid(), signal.SIGINT)  # Ray's handler of Ctrl-C stops the workers

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from orchestrator.experiments.spec import AnyExperiment
 from orchestrator.runs.identity import Run
+from orchestrator.storage.lock import Lock
 from orchestrator.tracking.sink import MlflowSink
 from workloads.errors import RunFailedError
 from workloads.storage.checkpoint_store import CheckpointStore
@@ -58,6 +59,7 @@ class Session:
 
     experiment: AnyExperiment
     run: Run
+    lock: Lock
     sink: MlflowSink
     journal: Path
     uri: str  # of the tracking store

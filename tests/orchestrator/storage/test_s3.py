@@ -10,7 +10,8 @@ import pytest
 from orchestrator.datasets.build import build_dataset
 from orchestrator.datasets.verify import verify_dataset
 from orchestrator.storage import object_store
-from tests.s3_peer import FaultyProxy, S3Peer, faulty, s3_peer  # noqa: F401 - fixtures
+from tests.orchestrator.storage.conftest import use
+from tests.s3_peer import FaultyProxy, S3Peer
 from tests.workloads.data.images import make_folder
 from tests.workloads.data.loading.test_loaders import make_loader, make_plan, take
 from workloads.data.build.shards import BuildConfig
@@ -23,31 +24,13 @@ from workloads.storage.filesystems import resolve_uri
 boto3 = pytest.importorskip("boto3")
 
 
-def use(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def peer(s3_peer: S3Peer, monkeypatch: pytest.MonkeyPatch) -> S3Peer:  # noqa: F811
-    use(monkeypatch, s3_peer.environment())
-    return s3_peer
-
-
-@pytest.fixture
-def bucket(peer: S3Peer, request: pytest.FixtureRequest) -> str:
-    name = f"bucket-{abs(hash(request.node.name)) % 10**8}"
-    object_store.client().create_bucket(Bucket=name)
-    return name
-
-
 def build_to(output: str, folder: Path) -> BuildConfig:
     source = FolderSourceConfig(inputs=(str(folder),))
     return BuildConfig(source=source, output=output, rows_per_shard=24, row_group_bytes=8000)
 
 
 @pytest.fixture(scope="module")
-def built(s3_peer: S3Peer, folder: Path) -> str:  # noqa: F811
+def built(s3_peer: S3Peer, folder: Path) -> str:
     """Built once; tests only read it."""
     with pytest.MonkeyPatch.context() as patch:
         use(patch, s3_peer.environment())
@@ -172,7 +155,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", ["503", "cut", "slow"])
-def test_a_service_that_falters_costs_time_only(peer, uri, dataset, faulty: FaultyProxy, monkeypatch, quick, fault):  # noqa: F811
+def test_a_service_that_falters_costs_time_only(peer, uri, dataset, faulty: FaultyProxy, monkeypatch, quick, fault):
     use(monkeypatch, peer.environment(endpoint=faulty.endpoint))
     opened = open_dataset(uri)
     plan = make_plan(opened, 12)
@@ -192,7 +175,7 @@ def test_a_service_that_falters_costs_time_only(peer, uri, dataset, faulty: Faul
     assert faulty.faults == {"503": 6, "cut": 3, "slow": 0}[fault]
 
 
-def test_an_outage_that_lasts_ends_the_run_in_words(peer, uri, faulty: FaultyProxy, monkeypatch, quick):  # noqa: F811
+def test_an_outage_that_lasts_ends_the_run_in_words(peer, uri, faulty: FaultyProxy, monkeypatch, quick):
     use(monkeypatch, peer.environment(endpoint=faulty.endpoint))
     opened = open_dataset(uri)
     faulty.refuse = 10**6
@@ -217,20 +200,6 @@ def test_of_two_writers_one_wins(bucket):
     assert not object_store.put_if_absent(target, b"second")
     assert object_store.get_object(target) == b"first"
     assert object_store.get_object(f"s3://{bucket}/nothing") is None
-
-
-def test_a_lock_is_held_refused_renewed_and_taken_over(bucket):
-    target = f"s3://{bucket}/run.lock"
-    with object_store.lock(target, what="testing", ttl_s=2.0):
-        before = json.loads(object_store.get_object(target))
-        with pytest.raises(DataError, match="another process is testing"), object_store.lock(target, what="testing"):
-            pytest.fail("was held")
-        time.sleep(1.2)
-        assert json.loads(object_store.get_object(target))["renewed"] > before["renewed"]
-    assert object_store.get_object(target) is None
-    object_store.put_if_absent(target, json.dumps({"token": "of the dead", "renewed": time.time() - 100}).encode())
-    with object_store.lock(target, what="testing"):
-        assert json.loads(object_store.get_object(target))["token"] != "of the dead"
 
 
 def test_uploads_that_nobody_finished_are_aborted(bucket):
