@@ -3,6 +3,7 @@
 import errno
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -12,6 +13,8 @@ from pyarrow.fs import LocalFileSystem
 
 from orchestrator.storage import object_store
 from tests.chaos.conftest import (
+    EXPERIMENT,
+    STEPS,
     Nodes,
     TrackingServer,
     assert_ledger,
@@ -19,9 +22,11 @@ from tests.chaos.conftest import (
     assert_nothing_lost,
     build_images,
     driver_of,
+    losses,
     status,
     train_workers,
     wait_step,
+    wait_until,
 )
 from tests.s3_peer import FaultyProxy, S3Peer
 from workloads.storage.checkpoint_store import CheckpointStore
@@ -108,6 +113,64 @@ def test_9_the_tracking_server_stays_away_and_so_does_the_driver(
     assert driver.start().wait() == 0, driver.text
     assert_nothing_lost(tmp_path, images, undisturbed[2], uri=tracking.uri)
     assert_nothing_left(nodes)
+
+
+def test_9_two_drivers_start_at_once_on_s3_and_one_trains(
+    nodes: Nodes, bucket: str, s3_peer: S3Peer, tracking: TrackingServer, images: str, tmp_path: Path,
+    undisturbed: Reference,
+) -> None:  # fmt: skip
+    given, environment = on_s3(bucket, tracking), s3_peer.environment()
+    drivers = [driver_of(folder_of(tmp_path, n), images, nodes, *given, **environment).start() for n in "ab"]
+    codes = [driver.wait() for driver in drivers]
+    assert sorted(codes) == [0, 2], [driver.text for driver in drivers]
+    trained, refused = (drivers[codes.index(code)] for code in (0, 2))
+    assert "another process is training run 'hurt' (process " in refused.text
+    assert_nothing_lost(trained.folder, images, undisturbed[2], uri=tracking.uri)
+    assert_nothing_left(nodes)
+
+
+def test_9_a_driver_that_is_cut_off_longer_than_its_lease_gives_way_to_another(
+    nodes: Nodes, bucket: str, s3_peer: S3Peer, faulty: FaultyProxy, tracking: TrackingServer, images: str,
+    tmp_path: Path, undisturbed: Reference,
+) -> None:  # fmt: skip
+    given = [*on_s3(bucket, tracking), "failure.patience_s=600"]
+    cut_off = s3_peer.environment(endpoint=faulty.endpoint)
+    first = driver_of(folder_of(tmp_path, "a"), images, nodes, *given, **cut_off).start()
+    wait_step(first, 9)
+    faulty.down = True
+    second = driver_of(folder_of(tmp_path, "b"), images, nodes, *given, **s3_peer.environment()).start()
+    claims = f"s3://{bucket}/runs/hurt/_lock"
+    wait_until(lambda: "00000002" in object_store.list_names(claims), "the takeover", second, timeout_s=240)
+    faulty.down = False
+    assert first.wait() == 1, first.text
+    assert "another process took over from this one" in first.text
+    assert second.wait() == 0, second.text
+    history = losses(second.folder, tracking.uri)
+    assert [step for step, _ in history] == list(range(1, STEPS + 1))
+    assert all(loss == pytest.approx(undisturbed[2][step], rel=1e-4) for step, loss in history)
+    assert status(second.folder, tracking.uri)[0] == "FINISHED"
+    assert_nothing_left(nodes)
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """The folder of one of several drivers."""
+    folder = root / name
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.short
+def test_9_a_kill_during_any_write_of_the_runs_record_leaves_it_readable(images: str, tmp_path: Path) -> None:
+    """Every call that syncs or renames a file of the run's identity, journal and archive is a point to die at."""
+    experiment = tmp_path / "chaos.yaml"
+    places = f"storage: {{path: {tmp_path}/runs}}\ndata: {{uri: {images}, "
+    experiment.write_text(EXPERIMENT.replace("data: {", places))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos.killed_writes", str(experiment), str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a flipped byte"])

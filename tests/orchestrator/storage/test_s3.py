@@ -217,7 +217,7 @@ def test_uploads_that_nobody_finished_are_aborted(bucket):
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "s3://{}/x", "AWS_SECRET_ACCESS_KEY"),
         ({}, "s3://missing-bucket-here/x", "bucket does not exist"),
         ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "s3://{}/x", "no credentials"),
-        ({}, "/local/path", "is no S3 URI"),
+        ({}, "/local/path", "not an S3 URI"),
     ],
 )
 def test_preflight_says_what_to_mend(bucket, monkeypatch, tmp_path, change, uri_of, message):
