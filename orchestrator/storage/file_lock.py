@@ -38,8 +38,9 @@ def hold_file(folder: str, *, what: str) -> Iterator[Lock]:
         raise DataError(f"{path}: cannot be created ({error.strerror}); choose a folder that can be written") from None
     try:
         _lock(descriptor, path, what)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, Holder.here().as_json().encode())
+        with suppress(OSError):  # a full disk; the name of the holder is only for the message
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, Holder.here().as_json().encode())
         yield Lock()
     finally:
         os.close(descriptor)
