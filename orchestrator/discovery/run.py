@@ -46,7 +46,10 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
     uri = tracking_uri(experiment)
     job = prepare(experiment.science, experiment.output)
     quiet_mlflow()
-    with hold(experiment.output, what="discovering into this folder"), tempfile.TemporaryDirectory() as pictures:
+    with (
+        hold(experiment.output, what="discovering into this folder") as lock,
+        tempfile.TemporaryDirectory() as pictures,
+    ):
         root = None if "://" in experiment.output else Path(experiment.output, "mlartifacts").as_uri()
         filesystem, _ = job.state
         sink = MlflowSink(
@@ -63,6 +66,7 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
         run_id = sink.open()
         try:
             timings = work(experiment, job, progress=progress, debug=debug)
+            lock.check()
             figures = finish(job, Path(pictures), timings=timings).figures
             now = int(time.time() * 1000)
             sink.write([MetricsRecord(step=0, time_ms=now, metrics=figures)])

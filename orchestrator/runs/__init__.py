@@ -1,1 +1,1 @@
-"""A run's name, lock and journal; knows neither Ray nor MLflow."""
+"""A run's identity, lock and journal, without Ray or MLflow."""

@@ -1,1 +1,1 @@
-"""Object stores and locks."""
+"""Locks on storage folders, and the S3 operations that pyarrow lacks."""

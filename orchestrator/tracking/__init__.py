@@ -1,1 +1,1 @@
-"""MLflow: the only package that speaks to it."""
+"""Everything that uses MLflow: delivery of a run's journal, lookup of runs and models, the model registry."""

@@ -1,4 +1,4 @@
-"""What MLflow runs to load and call a logged model: images in, embeddings or detections out."""
+"""The script of a logged model: MLflow loads `ServedModel`, which turns images into embeddings or detections."""
 
 import warnings
 from pathlib import Path
@@ -9,12 +9,12 @@ from mlflow.pyfunc import PythonModel
 
 from workloads.serving.predict import Predictor
 
-# The schema is given when the model is logged; MLflow asks for annotations on `predict` all the same.
+# The schema is given when the model is logged; MLflow asks for type annotations on `predict` even so.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.pyfunc\.utils\.data_validation")
 
 
 class ServedModel(PythonModel):
-    """A run's model; `module` is the network itself, for whoever wants crops embedded."""
+    """A logged model; `module` is the network, for use without `predict`, such as embedding crops."""
 
     module: Any
 

@@ -1,32 +1,35 @@
-"""`orchestrator status RUN`: how a run is, from its record alone, wherever it runs."""
+"""`run_status` reads from MLflow how far a run is (`orchestrator status RUN`), wherever it runs."""
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.tracking.addresses import run_address
 from orchestrator.tracking.lookup import find_run, open_tracking
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _SCORES = ("eval/sga", "eval/gap_r", "eval/ap50", "eval/ap")
 _SHOWN = ("train/loss", "train/images_per_s", "train/data_wait_share")
 
 
 def run_status(run: str, *, tracking_uri: str | None) -> dict[str, str]:
-    """What and how much, for people.
+    """Label → text of each line to show; lines without a value are left out.
 
     Args:
         run: MLflow run id, or run name.
 
     Raises:
-        ConfigError: there is no such run, or no such store.
+        ConfigError: the run or the store does not exist.
     """
     client = open_tracking(tracking_uri)
-    found = find_run(client, run)
-    info, metrics, tags = found.info, found.data.metrics, found.data.tags
-    total = int(found.data.params.get("steps", "0"))
+    tracked = find_run(client, run)
+    info, metrics, tags = tracked.info, tracked.data.metrics, tracked.data.tags
+    total = int(tracked.data.params.get("steps", "0"))
     step, newest_ms = _newest(client, info.run_id, metrics)
     ended = (info.end_time or 0) / 1000
-    told = {
+    lines = {
         "run": f"{info.run_name}  {info.run_id}",
         "status": info.status.lower(),
         "step": f"{step} of {total}" + (f" ({step / total:.0%})" if total else ""),
@@ -38,11 +41,11 @@ def run_status(run: str, *, tracking_uri: str | None) -> dict[str, str]:
         "job": tags.get("ray.submission_id", ""),
         "look": run_address(client.tracking_uri, info.experiment_id, info.run_id),
     }
-    return {what: value for what, value in told.items() if value}
+    return {label: text for label, text in lines.items() if text}
 
 
-def _newest(client: Any, run_id: str, metrics: dict[str, float]) -> tuple[int, int]:
-    """The newest step that was reported, and when, in milliseconds."""
+def _newest(client: "MlflowClient", run_id: str, metrics: dict[str, float]) -> tuple[int, int]:
+    """The newest step that has a loss, and its time in milliseconds since 1970."""
     if "train/loss" not in metrics:
         return 0, 0
     last = max(client.get_metric_history(run_id, "train/loss"), key=lambda point: point.step)
@@ -62,7 +65,7 @@ def _ago(seconds: float) -> str:
 
 
 def format_line(line: Mapping[str, Any]) -> str:
-    """Loss, images/s and the share of time spent waiting for data, as far as `line` has them."""
+    """One line of text with the loss, images/s and data-wait share in `line`; missing ones are left out."""
     short = {key.rpartition("/")[2]: value for key, value in line.items()}
     parts = []
     if "loss" in short:

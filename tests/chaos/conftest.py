@@ -202,7 +202,11 @@ def newest_step(folder: Path) -> int:
     """The newest step that the run has a loss of."""
     steps = [0]
     for path in journals(folder):
-        for line in path.read_text().splitlines():
+        try:
+            lines = path.read_text().splitlines()
+        except FileNotFoundError:  # a run on S3 removes its journal from the temporary folder when it ends
+            continue
+        for line in lines:
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if record["kind"] == "metrics" and "train/loss" in record["metrics"]:

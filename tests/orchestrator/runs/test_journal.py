@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem
 
+from orchestrator.experiments.load import load_experiment
 from orchestrator.ray_support.node_load import by_node
 from orchestrator.runs.delivery import JournalDrain
+from orchestrator.runs.identity import claim_run
 from orchestrator.runs.journal import Journal, JournalReader, parse_journal
+from orchestrator.runs.journal_access import open_journal, read_records
 from orchestrator.runs.journal_archive import JournalArchive
 from orchestrator.runs.records import ArtifactsRecord, FaultRecord, MetricsRecord, Record, TagsRecord
+from orchestrator.storage.lock import Lock, LockLostError
 from orchestrator.training.journal_callback import records_of
 
 
@@ -174,3 +178,35 @@ def test_each_nodes_load_is_in_the_record_once() -> None:
     assert isinstance(record, MetricsRecord)
     assert record.metrics == {"train/loss": 1.0, **by_node(reports)}
     assert by_node([{"step": 3, "time_ms": 5}]) == {}
+
+
+def test_the_journal_of_remote_storage_leaves_no_file_on_this_machine_once_it_is_all_archived(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`file://` stands for any storage that is not a plain local folder."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    storage = tmp_path / "storage"
+    loaded = load_experiment(str(experiment), [f"storage.path=file://{storage}", "tracking.run_name=far"])
+    run = claim_run(loaded, manifest_sha256="0" * 64)
+    with open_journal(loaded, run, lock=Lock()) as path:
+        Journal(path).append(numbered(1))
+        assert path.is_file() and storage not in path.parents
+    assert not path.parent.exists()
+    assert read_records(loaded) == [numbered(1)]
+
+
+class LostLock(Lock):
+    def check(self) -> None:
+        raise LockLostError("another process took over")
+
+
+def test_a_process_that_lost_its_lock_copies_and_delivers_nothing(tmp_path: Path) -> None:
+    journal, sink = Journal(tmp_path / "journal.jsonl"), FlakySink(failures=0)
+    lock = LostLock()
+    archive = JournalArchive(journal.path, LocalFileSystem(), str(tmp_path / "storage"), check=lock.check)
+    archive.start()
+    drain = JournalDrain(journal.path, sink, check=lock.check, poll_s=0.01)
+    drain.start()
+    journal.append(numbered(1))
+    assert drain.close(timeout_s=0.0) == 1 and sink.taken == []
+    assert not archive.close() and not (tmp_path / "storage").exists()
