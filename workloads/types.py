@@ -1,4 +1,4 @@
-"""The few data types that flow: shard → batch → views → pyramid → loss → metric → run.
+"""Contains the data types that modules exchange: `ImageBatch`, `Views`, `PairViews`, `StepResult`, `Detections`.
 
 B images, K crops an image, C channels. Boxes are `xyxy` in pixels, half-open, x to the right and y down.
 """
@@ -15,19 +15,19 @@ from torch import Tensor
 class ImageBatch:
     """Decoded images of one rank's share of one global batch."""
 
-    images: Tensor  # uint8 (B, 3, H, W), RGB; each image stands at the top left of its canvas, the rest is zero
+    images: Tensor  # uint8 (B, 3, H, W), RGB; each image is at the top left of its canvas, the rest is zero
     content_hw: Tensor  # int64 (B, 2): height and width of the image on the canvas, pixels
     source_hw: Tensor  # int64 (B, 2): height and width as stored, before any resize to `decode_size`
     image_ids: tuple[str, ...]
-    positions: Tensor  # int64 (B,): place in the epoch's global order
-    valid: Tensor  # bool (B,): False where the row did not decode or is padding; such a row counts nowhere
+    positions: Tensor  # int64 (B,): index in the epoch's global order
+    valid: Tensor  # bool (B,): False where the row did not decode or is padding; it enters no loss or metric
     epoch: int
-    regions: Tensor | None = None  # int32 (B, H, W): number of each pixel's region, from 1 in each image; 0: of none
-    num_regions: int = 0  # the highest number in `regions`, known without asking the device
+    regions: Tensor | None = None  # int32 (B, H, W): number of each pixel's region, from 1 in each image; 0: no region
+    num_regions: int = 0  # the highest number in `regions`, on the host
 
     @classmethod
     def of(cls, images: Tensor, **known: Any) -> "ImageBatch":
-        """Images that no dataset numbered; of what is not `known`: each fills its canvas, was stored so, and counts."""
+        """A batch of images without a dataset; fields not in `known` say that each fills its canvas, unresized, and is valid."""
         n = len(images)
         hw = known.get("content_hw", torch.tensor(images.shape[-2:]).expand(n, 2))
         assumed = {
@@ -46,7 +46,7 @@ class ImageBatch:
         return replace(self, **moved)
 
     def tensors(self) -> list[Tensor]:
-        """All that lies on the device."""
+        """All tensors of the batch."""
         return [tensor for _, tensor in self._named_tensors()]
 
     def _named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -56,7 +56,7 @@ class ImageBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropGeometry:
-    """Where each crop lies in its image's full view, after all flips."""
+    """Position of each crop in its image's full view, after all flips."""
 
     box_xyxy: Tensor  # float32 (B, K, 4): the crop's box in pixels of the full view, after the full view's flips
     crop_flips: Tensor  # bool (B, K, 2): crop mirrored (horizontally, vertically)
@@ -76,7 +76,7 @@ class CropGeometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
-    """What an objective sees of a batch: images in [0, 1], RGB, not yet normalised."""
+    """Full views and crops of a batch, the input of anchor NT-Xent: RGB in [0, 1], not normalised."""
 
     full: Tensor  # float32 (B, 3, h, w)
     crops: Tensor  # float32 (B, K, 3, h', w')
@@ -93,7 +93,7 @@ class Views:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairGeometry:
-    """Where each of an image's two views was taken, and how it was mirrored."""
+    """Box and flips of each image's two views."""
 
     box_xyxy: Tensor  # float32 (B, 2, 4): in pixels of the image on the batch's canvas, before the view's flips
     flips: Tensor  # bool (B, 2, 2): view mirrored (horizontally, vertically)
@@ -105,14 +105,14 @@ class PairGeometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairViews:
-    """Two augmented views of each image, [0, 1], RGB, not yet normalised; what some objectives want beside them may be there."""
+    """Two augmented views of each image, RGB in [0, 1], not normalised; regions (DetCon) and patches (DetCo) are optional."""
 
     images: Tensor  # float32 (B, 2, 3, h, w)
     geometry: PairGeometry
     valid: Tensor  # bool (B,)
     positions: Tensor  # int64 (B,)
     epoch: int
-    regions: Tensor | None = None  # int64 (B, 2, g, g): region of each cell of the view's g × g grid; 0: of none
+    regions: Tensor | None = None  # int64 (B, 2, g, g): region of each cell of the view's g × g grid; 0: no region
     num_regions: int = 0  # the highest number in `regions`
     patches: Tensor | None = None  # float32 (B, 2, P, 3, h', w'): small pieces of each view, in random order
 
@@ -132,7 +132,7 @@ FeaturePyramid = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What an objective returns for one rank's share of the global batch."""
+    """Loss and metrics of one rank's share of the global batch."""
 
     loss: Tensor  # scalar float32; its gradient, averaged over ranks by DDP, is that of the global-batch mean
     metrics: Mapping[str, Tensor]  # detached scalars; already global
@@ -140,7 +140,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
-    """What a detector found in one image, best first."""
+    """A detector's detections in one image, by falling score."""
 
     boxes_xyxy: Tensor  # float32 (n, 4): pixels of the upright source image
     scores: Tensor  # float32 (n,) in [0, 1]

@@ -1,4 +1,4 @@
-"""Backbones: torchvision's ResNets as a trunk that returns its four stages, timm's ViTs, and the norms they may be built with."""
+"""Contains `Trunk`, torchvision's ResNets with their four stages as output, the norms it can have, and `make_trunk` for ViTs too."""
 
 import typing
 from collections.abc import Callable
@@ -32,17 +32,17 @@ STAGE_CHANNELS = {
 
 @config
 class BackboneConfig:
-    """Which trunk, from where, with which norm."""
+    """Architecture, initial weights and normalisation of a trunk."""
 
     name: Literal["resnet18", "resnet34", "resnet50", "vit_tiny", "vit_small"] = "resnet18"
-    """Architecture: torchvision's ResNets, timm's ViTs with patches of 16 pixels (for objectives that need no pyramid)."""
+    """Architecture: a ResNet of torchvision, or a ViT of timm with patches of 16 pixels (not for objectives with a pyramid)."""
     weights: Literal["none", "imagenet"] = "none"
-    """Start from random weights or from torchvision's ImageNet weights (downloaded by torchvision; norm=batch only)."""
+    """Initial weights: none: random; imagenet: supervised, downloaded by torchvision (norm=batch only)."""
     norm: Norm = "batch"
-    """batch: statistics of this worker's share; sync_batch: of the global batch; group: none of either (32 groups). A ViT has
-    LayerNorm whatever this says, its objective's heads have this one."""
+    """batch: statistics of this worker's share; sync_batch: of the global batch; group: 32 groups of channels of each image.
+    A ViT always has LayerNorm; its objective's heads have this norm."""
     frozen: bool = False
-    """Train only what stands on the trunk, which stays as it was loaded; its norms use their running statistics."""
+    """Train only the objective's other layers; the trunk keeps its weights, and its norms use their running statistics."""
 
     @property
     def is_vit(self) -> bool:
@@ -119,8 +119,10 @@ def embedding_norm(norm: Norm, channels: int) -> nn.BatchNorm2d:
 class Trunk(nn.Module):
     """A torchvision ResNet without its classifier.
 
-    Its `body` keeps torchvision's parameter names, so that its state dict loads into a plain `resnet*`; with another
-    `deepest` than C5 the layers below it are left out.
+    Its `body` keeps torchvision's parameter names, so that its state dict loads into a plain `resnet*`.
+
+    Args:
+        deepest: the last stage that is built; later layers are left out.
     """
 
     def __init__(self, settings: BackboneConfig, *, deepest: Stage = "C5") -> None:
@@ -148,23 +150,23 @@ class Trunk(nn.Module):
         return self(images)[self.stages[-1]].mean((-2, -1))
 
     def train(self, mode: bool = True) -> "Trunk":
-        """As every module's; a frozen trunk stays in eval mode."""
+        """Set train or eval mode; a frozen trunk stays in eval mode."""
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor) -> dict[Stage, Tensor]:
-        """(B, 3, h, w), normalised, to {"C2": (B, C, h/4, w/4), …, "C5": (B, C, h/32, w/32)}, as far as `deepest`."""
+        """(B, 3, h, w), normalised, to {"C2": (B, C, h/4, w/4), …, "C5": (B, C, h/32, w/32)}, up to `deepest`."""
         body = self.body
         x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
-        found: dict[Stage, Tensor] = {}
+        features: dict[Stage, Tensor] = {}
         for stage in self.stages:
-            x = found[stage] = getattr(body, _LAYERS[stage])(x)
-        return found
+            x = features[stage] = getattr(body, _LAYERS[stage])(x)
+        return features
 
 
 def make_trunk(settings: BackboneConfig) -> "Trunk | VitTrunk":
     """The trunk that `settings` describe, freshly initialised from the global RNG."""
     if not settings.is_vit:
         return Trunk(settings)
-    from workloads.models.vit import VitConfig, VitName, VitTrunk  # timm, which only this needs
+    from workloads.models.vit import VitConfig, VitName, VitTrunk  # needs timm
 
     return VitTrunk(VitConfig(name=typing.cast(VitName, settings.name)))

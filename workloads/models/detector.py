@@ -1,6 +1,6 @@
-"""torchvision's detectors on our trunk: RetinaNet, Faster R-CNN (FPN, C4) and Mask R-CNN, batched as far as they allow.
+"""Contains `Detector`: torchvision's RetinaNet, Faster R-CNN (FPN, C4) and Mask R-CNN on a pretrained trunk.
 
-Their own transform, which goes image by image, is passed over: images come as one canvas (`data.detection_views`).
+Their own transform, which works image by image, is not used: images arrive on one canvas (`data.views.detection`).
 """
 
 from collections import OrderedDict
@@ -28,26 +28,27 @@ _LAYERS = ("layer4", "layer3", "layer2", "layer1", "conv1")  # as torchvision co
 
 @config
 class DetectorConfig:
-    """Which detector stands on the trunk."""
+    """Architecture of the detector, and how it is trained and asked for detections."""
 
     kind: Literal["retinanet", "faster_rcnn_fpn", "faster_rcnn_c4", "mask_rcnn_fpn"] = "retinanet"
-    """Architecture, torchvision's; C4: regions of the stride-16 map through the trunk's last stage."""
+    """Architecture of torchvision; C4: regions of the stride-16 map are processed by the trunk's last stage."""
     fpn_channels: Annotated[int, Field(ge=16)] = 256
     """Channels of the feature pyramid."""
     smallest_anchor: PositiveFloat = 32.0
-    """Side of the anchors of the finest level, pixels of the view; each level's are twice the one below."""
+    """Side of the anchors of the finest level, pixels of the view; it doubles from level to level."""
     trainable_layers: Annotated[int, Field(ge=0, le=5)] = 5
     """Trailing parts of the trunk that are trained: 5 all, 3 layer2 to layer4, 0 none (a frozen trunk)."""
     statistics: Literal["batch", "sync_batch", "frozen"] = "batch"
-    """What batch normalisation in the trunk uses: a worker's share, the global batch, or the statistics that it came with."""
+    """Statistics of the trunk's batch normalisation: batch: a worker's share; sync_batch: the global batch; frozen: the
+    pretrained running statistics."""
     proposals: Annotated[int, Field(ge=8)] = 1000
-    """Regions that Faster and Mask R-CNN look at in each image."""
+    """Region proposals of an image that Faster and Mask R-CNN classify."""
     region_batch: Annotated[int, Field(ge=8)] = 512
-    """Regions of each image that Faster and Mask R-CNN are trained on."""
+    """Region proposals of an image that Faster and Mask R-CNN sample for training."""
     score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Detections of a lower score are dropped."""
     nms_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of two detections of a category that overlap more (IoU), the better one stays."""
+    """Of two detections of a category with a larger IoU, only the one of the higher score is returned."""
 
 
 class _Pyramid(nn.Module):
@@ -88,9 +89,9 @@ class _LastStage(nn.Module):
 
 
 class Detector(nn.Module):
-    """A detector of some categories, whose labels begin with 1; their names are part of its state.
+    """A detector of named categories, labelled from 1; the names are part of its state dict.
 
-    In training, `forward` gives the loss; `detect` gives what is found. The trunk stands at `network.backbone.trunk`.
+    `forward` returns the training loss, `detect` the detections. The trunk is `network.backbone.trunk`.
     """
 
     def __init__(self, settings: DetectorConfig, trunk: Trunk, categories: tuple[str, ...]) -> None:
@@ -109,7 +110,7 @@ class Detector(nn.Module):
         self.network.transform = nn.Identity()
 
     def train(self, mode: bool = True) -> "Detector":
-        """As usual, but what is frozen keeps the statistics that it has."""
+        """Set train or eval mode; frozen parts keep their running statistics."""
         super().train(mode)
         for part in self._frozen:
             part.eval()
@@ -119,7 +120,7 @@ class Detector(nn.Module):
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What is needed to make it again without its sources: the categories' names and the trunk's architecture."""
+        """The categories' names and the trunk's architecture, from which `load_detector` rebuilds the detector."""
         return {"categories": list(self.categories), "backbone": {**to_dict(self.backbone), "weights": "none"}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -128,8 +129,8 @@ class Detector(nn.Module):
     def forward(self, views: DetectionViews) -> StepResult:
         """The loss of this rank's views, averaged over the images of the global batch.
 
-        torchvision normalises by what one process holds: exact over ranks for RetinaNet, whose loss is a mean over images;
-        for the others, each rank's mean over its regions counts by its images.
+        RetinaNet's loss is a mean over images, so that any number of ranks gives the same; the others' is a mean over the
+        regions of a rank, which is weighted by the rank's images.
         """
         losses = self._losses(views)
         count = views.counted.sum()
@@ -144,7 +145,7 @@ class Detector(nn.Module):
         features = network.backbone(views.images)
         if isinstance(network, RetinaNet):
             levels = list(features.values())
-            # It has no background category: its first is 0.
+            # RetinaNet has no background category: its labels begin with 0.
             targets = [{**target, "labels": target["labels"] - 1} for target in views.targets or []]
             outputs, anchors = network.head(levels), network.anchor_generator(images, levels)
             category, box = retina_loss(outputs["cls_logits"], outputs["bbox_regression"], anchors, targets)
@@ -161,7 +162,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, views: DetectionViews) -> list[Detections]:
-        """What is found in each image, at most 100 boxes each, in pixels of the source image; eval mode is expected."""
+        """At most 100 detections an image, in pixels of the source image; call it in eval mode."""
         network, images = self.network, ImageList(views.images, list(views.sizes_hw))
         features = network.backbone(views.images)
         if isinstance(network, RetinaNet):

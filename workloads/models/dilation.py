@@ -1,4 +1,4 @@
-"""Replaces the strides of a ResNet by dilation, for denser feature maps."""
+"""Replaces strides of a ResNet by dilation (`dilated`), for denser feature maps."""
 
 import copy
 
@@ -8,23 +8,23 @@ from workloads.models.backbone import Trunk
 
 
 def dilated(trunk: Trunk, stride: int) -> Trunk:
-    """A copy of a ResNet trunk whose C5 has `stride` 8, 16 or 32: strides of its last stages become dilations.
+    """A copy of a ResNet trunk whose C5 has `stride` 8, 16 or 32 pixels: strides of its last stages become dilations.
 
-    The weights stay. What the trunk computed before is still there, at every second (fourth) place of the finer map.
+    The weights are unchanged. Every second (fourth) cell of the finer map equals a cell of the original one.
     """
-    made = copy.deepcopy(trunk)
+    copied = copy.deepcopy(trunk)
     dilation = 1
     for name, usual_stride in (("layer3", 16), ("layer4", 32)):
-        blocks = getattr(made.body, name)
+        blocks = getattr(copied.body, name)
         before, dilation = dilation, dilation * (2 if usual_stride > stride else 1)
         for block in blocks:
             wide = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
             for conv in wide:
-                # The first one, which had the stride, still sees the map from before it.
+                # The first convolution, which had the stride, reads a map that is not yet finer.
                 step = before if block is blocks[0] and conv is wide[0] else dilation
                 conv.dilation = conv.padding = (step, step)
         if usual_stride > stride:
             for module in blocks.modules():
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
-    return made
+    return copied

@@ -1,4 +1,4 @@
-"""Feature pyramid over a trunk's stages (arXiv 1612.03144), with only the levels that are asked for."""
+"""Contains `Pyramid`, a feature pyramid over a trunk's stages (arXiv 1612.03144) with selected levels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,11 @@ LEVELS = tuple(STRIDES)
 class Pyramid(nn.Module):
     """Lateral 1×1, top-down nearest, output 3×3; P6 and P7 by stride-2 convolutions of P5 and P6 (as in RetinaNet).
 
-    A level that is not asked for has no parameters, so that DDP finds a gradient for every parameter.
+    A level that is not selected has no parameters, so that every parameter has a gradient, as DDP requires.
+
+    Args:
+        channels: of the stages C2 to C5.
+        levels: names out of P3 to P7.
     """
 
     def __init__(self, channels: Sequence[int], out_channels: int, levels: tuple[str, ...]) -> None:

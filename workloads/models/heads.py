@@ -1,4 +1,4 @@
-"""Heads that map a trunk's features to the embedding in which similarity is measured."""
+"""Contains `Projector`, the head that maps a trunk's features to the embedding whose cosine similarities are compared."""
 
 from torch import Tensor, nn
 
@@ -9,9 +9,8 @@ class Projector(nn.Module):
     """Linear–norm–ReLU–Linear.
 
     Args:
-        norm: of the hidden vectors; None is LayerNorm: a projector on a batch of one is defined, and no statistics leak
-            between workers.
-        bias: of the last layer.
+        norm: of the hidden vectors; None: LayerNorm, which is defined for a batch of one and independent of other images.
+        bias: whether the last layer has one.
     """
 
     def __init__(

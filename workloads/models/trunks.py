@@ -1,4 +1,4 @@
-"""Where a trunk comes from: a pretraining run's checkpoint, torchvision's supervised weights, a transformer's file, or nowhere."""
+"""Loads a trunk (`load`): from a pretraining checkpoint, torchvision's supervised weights or a ViT's file, or with random weights."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,19 +17,19 @@ from workloads.storage.filesystems import read_bytes, resolve_uri
 
 @config
 class RandomTrunkConfig:
-    """Random weights, from the run's seed: the row that has learnt nothing."""
+    """Random weights from the run's seed: the untrained baseline."""
 
     kind: Literal["random"] = "random"
-    """Which trunk."""
+    """Source of the trunk."""
     backbone: BackboneConfig = BackboneConfig()
 
 
 @config
 class CheckpointTrunkConfig:
-    """The trunk of a pretraining run, the full view's where there are two."""
+    """The trunk of a pretraining run; of two, the one for full views."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    """Which trunk."""
+    """Source of the trunk."""
     uri: str
     """Folder or s3:// address of a checkpoint (RUN/checkpoints/step_…)."""
 
@@ -39,19 +39,19 @@ class SupervisedTrunkConfig:
     """torchvision's supervised ImageNet weights."""
 
     kind: Literal["supervised"] = "supervised"
-    """Which trunk."""
+    """Source of the trunk."""
     name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    """Architecture, torchvision's."""
+    """Architecture, by torchvision's name."""
     file: str | None = None
     """File (path or URI) of the state dict, as torchvision publishes it; null: torchvision's own download."""
 
 
 @config
 class VitTrunkConfig:
-    """A vision transformer: random, timm's weights, or a local file such as DINO's."""
+    """A vision transformer with random weights, timm's, or those of a local file such as DINO's."""
 
     kind: Literal["vit"] = "vit"
-    """Which trunk."""
+    """Source of the trunk."""
     vit: VitConfig = VitConfig()
 
 
@@ -60,14 +60,15 @@ AnyTrunk = AnyResNetTrunk | VitTrunkConfig
 ResNetTrunkConfig = Annotated[AnyResNetTrunk, Field(discriminator="kind")]
 TrunkConfig = Annotated[AnyTrunk, Field(discriminator="kind")]
 
-_TRUNK_PREFIXES = ("trunk.", "online.trunk.")  # of parameter names; the second is DetCo's query network
+_TRUNK_PREFIXES = ("trunk.", "online.trunk.")
+"""Of the trunk's names in the state of an objective; the second is that of DetCo's query network."""
 
 
 def load(settings: AnyTrunk) -> Trunk | VitTrunk:
-    """The trunk on the CPU; a random one from the global RNG.
+    """The trunk on the CPU; random weights are drawn from the global RNG.
 
     Raises:
-        ConfigError: what was asked for is not there, is damaged, or is of another network.
+        ConfigError: the checkpoint or file is missing, damaged, or of another network.
     """
     match settings:
         case RandomTrunkConfig():
@@ -87,7 +88,7 @@ def load(settings: AnyTrunk) -> Trunk | VitTrunk:
 
 
 def load_resnet(settings: AnyResNetTrunk) -> Trunk:
-    """As `load`, for what stands on feature maps of four scales.
+    """As `load`, for a detector, which needs feature maps of four scales.
 
     Raises:
         ConfigError: as `load`, or the trunk is a transformer.
@@ -95,7 +96,9 @@ def load_resnet(settings: AnyResNetTrunk) -> Trunk:
     trunk = load(settings)
     if not isinstance(trunk, Trunk):
         key = "backbone.name" if isinstance(settings, RandomTrunkConfig) else "uri"
-        raise ConfigError(f"trunk.{key}: a transformer, and the detectors stand on a ResNet")
+        raise ConfigError(
+            f"trunk.{key}: a transformer, but a detector needs a ResNet; name a ResNet's checkpoint or backbone"
+        )
     return trunk
 
 
@@ -105,9 +108,9 @@ def _checkpoint_trunk(uri: str) -> Trunk | VitTrunk:
     except (CheckpointError, DataError, OSError) as error:
         raise ConfigError(f"trunk.uri: {uri} is not a checkpoint ({_short(error)})") from None
     except ConfigError as error:
-        raise ConfigError(f"trunk.uri: {uri} is not of a pretraining run ({error})") from None
+        raise ConfigError(f"trunk.uri: {uri} is not the checkpoint of a pretraining run ({error})") from None
     except RuntimeError as error:
-        raise ConfigError(f"trunk.uri: {uri} holds other networks than its configuration ({_short(error)})") from None
+        raise ConfigError(f"trunk.uri: {uri} holds another network than its configuration ({_short(error)})") from None
 
 
 def _supervised_state(settings: SupervisedTrunkConfig) -> dict[str, Any]:
@@ -138,15 +141,17 @@ def load_trunk(uri: str | Path, *, device: torch.device | str = "cpu") -> "Trunk
         uri: folder or s3:// address of a checkpoint.
 
     Raises:
-        CheckpointError: no checkpoint there, or a damaged one.
-        DataError, OSError: the place cannot be reached.
+        CheckpointError: there is no checkpoint, or a damaged one.
+        ConfigError: it holds no trunk of a pretraining run.
+        DataError, OSError: the storage cannot be reached.
     """
     filesystem, folder = resolve_uri(str(uri))
-    found = read_checkpoint(folder, filesystem, device=device)
+    state = read_checkpoint(folder, filesystem, device=device).state["model"]
     text = read_bytes(filesystem, f"{folder}/{CONFIG}").decode()
     backbone = build(BackboneConfig, parse_yaml(text, source=f"{uri}/{CONFIG}").get("backbone", {}))
     trunk = make_trunk(backbone).to(device)
-    prefix = next((p for p in _TRUNK_PREFIXES if any(name.startswith(p) for name in found.state["model"])), "")
-    named = {n.removeprefix(prefix): value for n, value in found.state["model"].items() if n.startswith(prefix)}
-    trunk.load_state_dict(named)
+    prefix = next((p for p in _TRUNK_PREFIXES if any(name.startswith(p) for name in state)), None)
+    if prefix is None:
+        raise ConfigError(f"{uri}: no parameter is named {' or '.join(p + '…' for p in _TRUNK_PREFIXES)}")
+    trunk.load_state_dict({n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)})
     return trunk.eval()

@@ -1,4 +1,4 @@
-"""Vision transformers from timm as a trunk: tokens for training, the last block's keys and CLS attention for discovery."""
+"""Contains `VitTrunk`, timm's vision transformers as a trunk: tokens for training, keys and CLS attention for discovery."""
 
 import argparse
 import math
@@ -22,7 +22,7 @@ _TIMM_NAMES: dict[VitName, str] = {
     "vit_small": "vit_small_patch16_224",
     "vit_small_dino": "vit_small_patch16_224.dino",
 }
-_PREFIXES = ("module.", "backbone.", "trunk.", "body.")  # what wrappers put before timm's names
+_PREFIXES = ("module.", "backbone.", "trunk.", "body.")  # that wrappers add to timm's names
 _HEADS = ("head.", "fc_norm.", "pre_logits.")
 
 
@@ -31,9 +31,9 @@ class VitConfig:
     """Architecture and weights of a vision transformer."""
 
     name: VitName = "vit_tiny"
-    """Architecture, timm's; vit_small_dino is vit_small as DINO's weights have it."""
+    """Architecture of timm; vit_small_dino is vit_small in the form of DINO's weights."""
     weights: str = "none"
-    """none: random; timm: downloaded by timm; else a local file, .safetensors or a PyTorch file of tensors such as DINO's."""
+    """none: random; timm: downloaded by timm; otherwise the path of a .safetensors or PyTorch file, such as DINO's."""
     patch_size: Annotated[int, Field(ge=2)] = 16
     """Side of a patch, pixels."""
     depth: Annotated[int, Field(ge=2)] = 12
@@ -42,7 +42,7 @@ class VitConfig:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A transformer's output after its final norm; D is the embedding width, p the patch size."""
+    """Output of a transformer after its final norm; D is the embedding width, p the patch size in pixels."""
 
     cls: Tensor  # (B, D)
     patches: Tensor  # (B, D, h/p, w/p)
@@ -52,7 +52,7 @@ class Tokens:
 class LastAttention:
     """Keys and CLS attention of the last block; N = grid_hw[0] · grid_hw[1] patches in row-major order, without CLS."""
 
-    keys: Tensor  # (B, N, D): all heads side by side, as DINO's users take them
+    keys: Tensor  # (B, N, D): all heads concatenated, as in DINO's and LOST's code
     cls_attention: Tensor  # (B, heads, N): weights from CLS to each patch; a row sums to 1 minus CLS's own
     grid_hw: tuple[int, int]
 
@@ -64,7 +64,7 @@ class VitTrunk(nn.Module):
     to the image's grid by timm (bicubic, antialiased); DINO's own code resamples without antialiasing.
     """
 
-    body: Any  # timm's VisionTransformer, whose parts nn.Module's own annotations do not know
+    body: Any  # timm's VisionTransformer, which mypy sees without types
 
     def __init__(self, settings: VitConfig) -> None:
         import timm
@@ -108,8 +108,7 @@ class VitTrunk(nn.Module):
     def last_attention(self, images: Tensor) -> LastAttention:
         """(B, 3, h, w), normalised as for `forward`, to the last block's keys and CLS attention.
 
-        The last block's queries, keys and values are of its normed input, biases included; what follows them in the block
-        is not computed.
+        Queries and keys are linear maps of the block's normalised input, with bias; the rest of the block is not computed.
         """
         block = self.body.blocks[-1]
         x = block.norm1(self._before_last_block(images))

@@ -1,1 +1,1 @@
-"""Objectives, one file a method."""
+"""Pretraining objectives, one module for each: `ntxent`, `anchor_ntxent`, `detcon`, `detco`."""

@@ -1,7 +1,7 @@
-"""Anchor NT-Xent (arXiv 2402.13465): a crop must find the cell of its own image where it was taken.
+"""Implements anchor NT-Xent (`AnchorNTXent`, arXiv 2402.13465): a crop is matched with the cell where it was taken.
 
-The crop's embedding z_i is attracted to the pyramid's cell that holds its centre, and repelled from the other images'
-positive cells in the global batch (inter-image) and from cells of its own image outside its box (anchor negatives).
+The crop's embedding z_i is attracted to the pyramid cell that holds the crop's centre, and repelled from the positive cells
+of other images in the global batch (inter-image) and from cells of its own image outside its box (anchor negatives).
 """
 
 import math
@@ -28,41 +28,41 @@ Level = Literal["P3", "P4", "P5", "P6", "P7"]
 
 @config
 class AnchorNTXentConfig:
-    """The objective's knobs; all of them can be swept."""
+    """Settings of anchor NT-Xent; all of them can be swept."""
 
     kind: Literal["anchor_ntxent"] = "anchor_ntxent"
-    """Which objective."""
+    """Name of the objective."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
-    """τ, what cosine similarities are divided by."""
+    """Temperature τ; cosine similarities are divided by it."""
     crop_grid: Literal["native"] | Annotated[int, Field(ge=2, le=128)] = "native"
-    """Partition of the full view from which anchor negatives are drawn: g for g × g, or the level's own grid."""
+    """Grid over the full view from whose cells anchor negatives are drawn: g for g × g, native for that of the level."""
     anchor_negatives: Annotated[int, Field(ge=0)] = 64
-    """Cells of the same image that are negatives of a crop, or as many as there are; 0 is the plain NT-Xent ablation."""
+    """Largest number of cells of the same image that are negatives of a crop; 0: none, the plain NT-Xent ablation."""
     levels: tuple[Level, ...] = ("P3", "P4", "P5")
-    """Pyramid levels that are trained, each weighing the same."""
+    """Pyramid levels that are trained, with equal weights."""
     projection_dim: Annotated[int, Field(ge=8)] = 128
     """Channels of the pyramid and of the crop's embedding."""
     projector_hidden: Annotated[int, Field(ge=8)] = 512
     """Hidden width of the crop's projector."""
     crop_stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = ("C5",)
-    """Stages of the trunk that the crop's projector reads, each averaged over the crop; [C5] is the paper's. A crop trunk of
-    its own ends with the deepest of them."""
+    """Stages of the trunk whose mean over the crop is the projector's input; [C5] is the paper's choice. A separate crop
+    trunk ends with the deepest of them."""
     center_embeddings: bool = True
-    """Whether embeddings are batch-normalised, without scale or shift, before the similarity; not with backbone.norm=group."""
+    """Whether embeddings are batch-normalised, without scale and shift, before the similarity; no effect with backbone.norm=group."""
     shared_trunk: bool = False
-    """Whether crops and full views go through one trunk, or through one each as in the paper."""
+    """true: one trunk for crops and full views; false: one each, as in the paper."""
     symmetric: bool = False
-    """Whether each positive cell must also find its crop among the other images' crops; averaged with the crop's loss."""
+    """Whether to average with the loss of the opposite direction, from each positive cell to the crops of all images."""
 
     def __post_init__(self) -> None:
         if not self.levels or len(set(self.levels)) != len(self.levels):
             raise ConfigError(f"objective.levels: expected distinct levels out of P3…P7, given {list(self.levels)}")
 
     def check_views(self, full_size: int) -> None:
-        """Refuse a level that can have no anchor negative in a full view of `full_size` pixels.
+        """Check that each level can have anchor negatives in a full view of `full_size` pixels.
 
         Raises:
-            ConfigError: names the level and what to change.
+            ConfigError: names the level and the key to change.
         """
         for level in self.levels:
             cells = math.ceil(full_size / STRIDES[level])
@@ -74,10 +74,10 @@ class AnchorNTXentConfig:
 
 
 def choose_anchors(geometry: CropGeometry, grid_hw: tuple[int, int], count: int, draws: Tensor) -> Tensor:
-    """Which cells are anchor negatives of each crop.
+    """Choose the cells that are anchor negatives of each crop.
 
-    A cell qualifies if its centre lies outside the crop's box and it does not hold the crop's centre; of those,
-    min(`count`, available) distinct ones with the least draws are taken.
+    A cell qualifies if its centre lies outside the crop's box and it does not hold the crop's centre; of those, the `count`
+    with the least draws are chosen, or all if there are fewer.
 
     Args:
         draws: float32 (B, K, cells) from [0, 1).
@@ -118,18 +118,18 @@ def anchor_ntxent_loss(
 ) -> tuple[Tensor, Tensor]:
     """−log(e^{sim(z_i,z_j)/τ} / (e^{sim(z_i,z_j)/τ} + Σ inter-image + Σ anchors)) of this rank's crops (eq. 2 of the paper).
 
-    Positives of the same image are no negatives of each other. Float32 and log-sum-exp, whatever the precision of the inputs.
+    Positives of the same image are not negatives of each other. Computed in float32 with log-sum-exp for any input precision.
 
     Args:
         crops: (n, D) embeddings z_i, not normalised.
         cells: (n, D) embeddings z_j of the positive cells, not normalised.
         anchor_similarity: (n, A) cosine similarities of each crop with the cells of its own image.
-        anchors: bool (n, A), which of those are anchor negatives.
-        image: int64 (n,), a number that tells images apart over all ranks.
-        valid: bool (n,); invalid crops are neither counted nor anybody's negatives.
+        anchors: bool (n, A): whether that cell is an anchor negative of the crop.
+        image: int64 (n,), a number that identifies the image over all ranks.
+        valid: bool (n,); invalid crops are not counted and not negatives.
 
     Returns:
-        The loss of each crop, float32 (n,), 0 where invalid; and whether the positive was the most similar, bool (n,).
+        The loss of each crop, float32 (n,), 0 where invalid; and whether its positive is the most similar cell, bool (n,).
     """
     crops, cells = F.normalize(crops.float(), dim=-1), F.normalize(cells.float(), dim=-1)
     counts = row_counts(crops.shape[0])
@@ -144,7 +144,7 @@ def anchor_ntxent_loss(
     inter = (crops @ all_cells.T / temperature).masked_fill(~other_image, -torch.inf)
     intra = (anchor_similarity.float() / temperature).masked_fill(~anchors, -torch.inf)
     logits = torch.cat([positive, inter, intra], dim=1)
-    # A row that counts nowhere may hold anything; its zero keeps NaN out of the gradient too.
+    # An invalid row may hold NaN, which zeros keep out of the loss and of its gradient.
     logits = torch.where(valid[:, None], logits, torch.zeros_like(logits))
     loss = logits.logsumexp(1) - logits[:, 0]
     found = logits[:, 0] >= logits.max(1).values
@@ -158,7 +158,7 @@ def anchor_ntxent_loss(
 
 
 class AnchorNTXent(nn.Module):
-    """Both pipelines of the paper and their loss."""
+    """The networks of full views and of crops (figure 2 of the paper), and their loss."""
 
     def __init__(self, settings: AnchorNTXentConfig, backbone: BackboneConfig, *, crop_size: int, seed: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class AnchorNTXent(nn.Module):
         self.projector = Projector(
             sum(widths[stage] for stage in settings.crop_stages), settings.projector_hidden, settings.projection_dim
         )
-        # At first all embeddings are nearly parallel, and cosines tell nothing apart; centred, they do from the first step.
+        # Embeddings of an untrained network are nearly parallel, so that all cosines are alike; centring separates them.
         centers = settings.center_embeddings and backbone.norm != "group"
         self.crop_center = embedding_norm(backbone.norm, settings.projection_dim) if centers else None
         self.level_centers = nn.ModuleDict(
@@ -186,7 +186,7 @@ class AnchorNTXent(nn.Module):
         return {n: self.level_centers[n](level) if self.level_centers else level for n, level in pyramid.items()}
 
     def embed_crops(self, crops: Tensor) -> Tensor:
-        """Query crops (N, 3, h, w) in [0, 1] to (N, D); of another size than in training, they are resized to that first."""
+        """Query crops (N, 3, h, w) in [0, 1] to (N, D); crops of another size than in training are resized to it first."""
         if crops.shape[-2:] != (self.crop_size, self.crop_size):
             size = (self.crop_size, self.crop_size)
             crops = F.interpolate(crops, size=size, mode="bilinear", antialias=True, align_corners=False)
@@ -200,20 +200,20 @@ class AnchorNTXent(nn.Module):
         return embeddings if self.crop_center is None else self.crop_center(embeddings[..., None, None]).flatten(1)
 
     def after_update(self, step: int, steps: int) -> None:
-        """Nothing here changes but by gradient."""
+        """Do nothing: all state is trained by gradient."""
 
     def forward(self, views: Views) -> StepResult:
         """The loss of this rank's views over the global batch, averaged over crops and levels."""
         return self.loss(self.embed(views), views)
 
     def embed(self, views: Views) -> dict[str, Tensor]:
-        """The pyramid's levels, each (B, D, h, w), and `crops`, (B, K, D)."""
+        """The pyramid levels, each (B, D, h, w), and `crops`, (B, K, D)."""
         b, k = views.crops.shape[:2]
         pyramid = self.embed_grid(views.full)
         return {**pyramid, "crops": self._embed_crops(views.crops.flatten(0, 1)).reshape(b, k, -1)}
 
     def loss(self, embeddings: Mapping[str, Tensor], views: Views) -> StepResult:
-        """The loss of what `embed` returned, over the global batch."""
+        """The loss of the embeddings that `embed` returns, over the global batch."""
         pyramid = {name: level for name, level in embeddings.items() if name != "crops"}
         with torch.autocast(views.full.device.type, enabled=False):
             return self._loss(pyramid, embeddings["crops"].float(), views)
@@ -247,7 +247,7 @@ class AnchorNTXent(nn.Module):
         return StepResult(loss=loss, metrics=metrics)
 
     def _cells(self, level: str, features: Tensor, crops: Tensor, views: Views) -> tuple[Tensor, Tensor, Tensor]:
-        """Positive cells (B, K, D), similarities with the anchors' grid (B, K, A) and which of those are anchors."""
+        """Positive cells (B, K, D), similarities with the cells of the anchors' grid (B, K, A), and whether each is an anchor."""
         grid_hw = (features.shape[-2], features.shape[-1])
         geometry, settings = views.geometry, self.settings
         index = cell_of(geometry.center_xy, grid_hw, geometry.full_size_hw)
@@ -259,7 +259,7 @@ class AnchorNTXent(nn.Module):
         anchor_hw = grid_hw if settings.crop_grid == "native" else (settings.crop_grid, settings.crop_grid)
         cells = anchor_hw[0] * anchor_hw[1]
         if settings.anchor_negatives >= cells:
-            draws = crops.new_zeros((*crops.shape[:2], cells))  # all that are available are taken
+            draws = crops.new_zeros((*crops.shape[:2], cells))  # all available cells are chosen
         else:
             stream_id = stream(self.seed, "anchors", level, views.epoch)
             draws = uniform(stream_id, views.positions, crops.shape[1] * cells).reshape(*crops.shape[:2], cells)

@@ -1,15 +1,15 @@
-"""DetCo (arXiv 2102.04803): the contrast of MoCo at four levels of the trunk, between whole views and sets of their patches.
+"""Implements DetCo (`DetCo`, arXiv 2102.04803): MoCo's contrast at four levels of the trunk, between views and sets of patches.
 
 Its authors published no pretraining code. From the paper: global views and nine-patch local views; a global and a local head at
-each of res2 to res5, the local one over the concatenated features of the patches; MoCo's slowly following keys and a queue of
+each of res2 to res5, the local one over the concatenated features of the patches; keys of an EMA network and a queue of
 65,536 for each level and kind; three contrasts a level (global to global, local to local, local query to global key); the
 levels' weights 0.1, 0.4, 0.7, 1.0; SGD, 0.03 at a batch of 256, cosine.
 
-Our choice, where the paper is silent or another fits better: heads are Linear–ReLU–Linear as in MoCo v2, with a norm between
-where asked; the hidden width of the local heads is set apart from the global ones', because at res5 of a ResNet-50 nine patches
-are 18,432 features, and a hidden layer of 2,048 over them would hold 38 million weights, more than the trunk; patches get
-colour jitter and grey, no blur; keys that are no negatives yet (a queue that is not full) are left out instead of being random;
-Shuffle-BN happens inside each worker (`statistics_groups`), which needs no communication and works on one device.
+Choices of this implementation: heads are Linear–ReLU–Linear as in MoCo v2, optionally with a norm (`head_norm`); local heads
+have a hidden width of their own, because at res5 of a ResNet-50 nine patches are 18,432 features, and a hidden layer of 2,048
+over them would have 38 million weights, more than the trunk; patches get colour jitter and grey, no blur; empty rows of a
+queue are excluded instead of being random; Shuffle-BN is done within each worker (`statistics_groups`), which needs no
+communication and works on one device.
 """
 
 from collections.abc import Mapping
@@ -34,31 +34,31 @@ Weight = Annotated[float, Field(ge=0)]
 
 @config
 class DetCoConfig:
-    """The objective's knobs; all of them can be swept."""
+    """Settings of DetCo; all of them can be swept."""
 
     kind: Literal["detco"] = "detco"
-    """Which objective."""
+    """Name of the objective."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    """τ, what cosine similarities are divided by."""
+    """Temperature τ; cosine similarities are divided by it."""
     level_weights: tuple[Weight, Weight, Weight, Weight] = (0.1, 0.4, 0.7, 1.0)
     """Weights of the loss at C2, C3, C4, C5."""
     queue_size: Annotated[int, Field(ge=1)] = 65536
-    """Keys in each of the eight queues: a multiple of global_batch_size, and no more than a quarter of the images, or an
-    image would often be its own negative."""
+    """Keys in each of the eight queues: a multiple of global_batch_size, and at most a quarter of the number of images, so
+    that an image is seldom its own negative."""
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
-    """Share of themselves that the networks of the keys keep at each update."""
+    """EMA momentum of the networks of the keys."""
     projection_dim: Annotated[int, Field(ge=8)] = 128
     """Channels of the embeddings."""
     global_hidden: Annotated[int, Field(ge=8)] = 2048
-    """Hidden width of the heads over whole views."""
+    """Hidden width of the global heads, over whole views."""
     local_hidden: Annotated[int, Field(ge=8)] = 512
-    """Hidden width of the heads over sets of patches."""
+    """Hidden width of the local heads, over sets of patches."""
     head_norm: bool = False
-    """Whether the heads' hidden layers are normalised, as SimCLR's are and MoCo's are not: without it, embeddings of untrained
-    heads are nearly alike, and the first epochs are spent on telling them apart."""
+    """Whether the heads' hidden layers are normalised, as in SimCLR but not in MoCo: without it, embeddings of untrained heads
+    are nearly equal, and the first epochs are needed to separate them."""
     statistics_groups: Annotated[int, Field(ge=1)] = 4
-    """With backbone.norm=batch: parts of a worker's share that are normalised each by its own statistics, other parts for the
-    keys than for the queries (Shuffle-BN); with 1 a query can tell its key from the queue's by the statistics they share."""
+    """With backbone.norm=batch: number of parts of a worker's share, each normalised by its own statistics, and divided
+    differently for keys and queries (Shuffle-BN); with 1, shared statistics give a query's key away."""
 
 
 def queue_contrast(
@@ -67,12 +67,12 @@ def queue_contrast(
     """−log(e^{q·k/τ} / (e^{q·k/τ} + Σ_queue e^{q·k'/τ})) (MoCo, arXiv 1911.05722, eq. 1), in float32.
 
     Args:
-        query, key: (b, D), normalised. queue: (K, D), normalised. filled: bool (K,), places that hold a key. valid: bool (b,).
+        query, key: (b, D), normalised. queue: (K, D), normalised. filled: bool (K,), rows that hold a key. valid: bool (b,).
 
     Returns:
-        The loss of each row, float32 (b,), 0 where invalid; and whether its key was the most similar, bool (b,).
+        The loss of each row, float32 (b,), 0 where invalid; and whether its key is the most similar, bool (b,).
     """
-    # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
+    # An invalid row may hold NaN, which zeros keep out of the loss and of its gradient.
     query, key = (x.float().masked_fill(~valid[:, None], 0.0) for x in (query, key))
     positive = (query * key).sum(-1, keepdim=True)
     negative = (query @ queue.float().T).masked_fill(~filled, -torch.inf)
@@ -82,11 +82,11 @@ def queue_contrast(
 
 
 def statistics_groups(rows: int, groups: int, *, of_keys: bool) -> list[slice]:
-    """Which rows are normalised together: consecutive ones for queries, every `groups`-th for keys.
+    """The rows that are normalised together: consecutive ones for queries, every `groups`-th one for keys.
 
-    The order of images is random at every step, so fixed groups are as good as drawn ones; each group of keys shares as many
-    images with every group of queries, as evenly as the numbers allow. No group has one row, which has no statistics, unless
-    that is all there is.
+    The order of images is random at every step, so that fixed groups are as good as random ones. Each group of keys shares
+    about equally many images with every group of queries. A group has at least two rows if there are two, since one row has
+    no variance.
     """
     groups = max(min(groups, rows // 2), 1)
     if of_keys:
@@ -95,7 +95,7 @@ def statistics_groups(rows: int, groups: int, *, of_keys: bool) -> list[slice]:
 
 
 class _Heads(nn.Module):
-    """A trunk with a head of each kind at each stage."""
+    """A trunk with a global and a local head at each stage."""
 
     def __init__(self, settings: DetCoConfig, backbone: BackboneConfig, patches: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _Heads(nn.Module):
 
 
 class DetCo(nn.Module):
-    """Networks of queries, networks of keys, and eight queues."""
+    """Query networks, key networks (their EMA), and eight queues."""
 
     def __init__(self, settings: DetCoConfig, backbone: BackboneConfig, *, patches: int) -> None:
         super().__init__()
@@ -133,12 +133,12 @@ class DetCo(nn.Module):
         self.queues = nn.ModuleDict(
             {f"{k}_{s}": KeyQueue(settings.queue_size, settings.projection_dim) for k in _KINDS for s in STAGES}
         )
-        self._fresh: tuple[Tensor, Tensor] | None = None  # keys of this step and whether they count, until the update
+        self._fresh: tuple[Tensor, Tensor] | None = None  # keys of this step and their validity, until the update
         self.buffers_equal_on_ranks = [f"queues.{name}" for name, _ in self.queues.named_buffers()]
 
     @property
     def trunk(self) -> Trunk:
-        """The trunk that is trained."""
+        """The trunk of the query networks."""
         return self.online.trunk
 
     def forward(self, views: PairViews) -> StepResult:
@@ -164,7 +164,7 @@ class DetCo(nn.Module):
         return found
 
     def loss(self, embeddings: Mapping[str, Tensor], views: PairViews) -> StepResult:
-        """The loss of what `embed` returned; its keys enter the queues at `after_update`."""
+        """The loss of the embeddings that `embed` returns; `after_update` adds their keys to the queues."""
         queries, keys = embeddings["queries"], embeddings["keys"].detach()
         valid = views.valid
         with torch.autocast(valid.device.type, enabled=False):
@@ -192,7 +192,7 @@ class DetCo(nn.Module):
 
     @torch.no_grad()
     def after_update(self, step: int, steps: int) -> None:
-        """Let the networks of the keys follow, and put this step's keys in the queues."""
+        """Update the key networks, and add this step's keys to the queues."""
         follow(self.target, self.online, self.settings.momentum)
         if self._fresh is None:
             return

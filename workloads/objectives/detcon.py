@@ -1,8 +1,8 @@
-"""DetCon (arXiv 2103.10957): the same region of an image must look alike in both views, and unlike every other region.
+"""Implements DetCon (`DetCon`, arXiv 2103.10957): a region is attracted to itself in the other view, repelled from all others.
 
-DetCon-S contrasts projections, with gradient on both sides. DetCon-B contrasts a predictor's output with the projections of a
-slowly following target. Deviations from the paper: views go through the trunk as one batch, so that its norms see both; a
-view that keeps no region, and a row that did not decode, are nobody's negatives.
+DetCon-S contrasts projections, with gradient on both sides. DetCon-B contrasts a predictor's output with the projections of an
+EMA target. Deviations from the paper: both views go through the trunk in one batch, and so share batch statistics; views
+without a region and rows that did not decode are not negatives.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ from workloads.types import PairViews, StepResult
 
 @config
 class DetConConfig:
-    """The objective's knobs; all of them can be swept."""
+    """Settings of DetCon; all of them can be swept."""
 
     kind: Literal["detcon"] = "detcon"
-    """Which objective."""
+    """Name of the objective."""
     variant: Literal["S", "B"] = "B"
-    """S: two projections; B: a prediction and a target that follows slowly."""
+    """S: contrast of two projections; B: of a prediction with the projection of an EMA target."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
-    """τ, what cosine similarities are divided by."""
+    """Temperature τ; cosine similarities are divided by it."""
     regions_per_view: Annotated[int, Field(ge=1)] = 16
     """Regions drawn from each view, with replacement."""
     projection_dim: Annotated[int, Field(ge=8)] = 256
@@ -39,18 +39,18 @@ class DetConConfig:
     projector_hidden: Annotated[int, Field(ge=8)] = 4096
     """Hidden width of projector and predictor."""
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.996
-    """Share of itself that B's target keeps at the first update; it rises to 1 along a cosine."""
+    """EMA momentum of B's target at the first update; it rises to 1 along a cosine."""
 
 
 def draw_regions(cells: Tensor, num_regions: int, draws: Tensor) -> Tensor:
-    """Regions of each view, drawn with replacement from those that its cells show.
+    """Draw regions of each view, with replacement, from those of its cells.
 
     Args:
         cells: int64 (N, g, g), numbers from 0 (none) to `num_regions`.
         draws: float32 (N, M) in [0, 1).
 
     Returns:
-        int64 (N, M); 0 throughout where a view shows no region.
+        int64 (N, M); 0 for a view without a region.
     """
     present = torch.zeros(len(cells), num_regions + 1, dtype=torch.int64, device=cells.device)
     present.scatter_(1, cells.flatten(1), 1)
@@ -69,7 +69,7 @@ def pool_by_region(features: Tensor, cells: Tensor, regions: Tensor) -> Tensor:
         features: (N, C, g, g). cells: int64 (N, g, g). regions: int64 (N, M).
 
     Returns:
-        (N, M, C); zeros where no cell is the region's.
+        (N, M, C); zeros for a region without a cell.
     """
     masks = (cells.flatten(1)[:, None] == regions[..., None]).to(features.dtype)
     return torch.bmm(masks, features.flatten(2).transpose(1, 2)) / masks.sum(-1, keepdim=True).clamp(min=1)
@@ -81,24 +81,24 @@ def detcon_loss(
     """The contrast of this rank's regions with those of the global batch (eq. 1 and 2 of the paper).
 
     Positives of a region are the same region of the same image in the other view, which share one soft target. The same region
-    in its own view is left out; all else is negative. Float32 and log-sum-exp, whatever the precision of the inputs.
+    in its own view is excluded; everything else is negative. Computed in float32 with log-sum-exp for any input precision.
 
     Args:
         online: (b, 2, M, D) embeddings of the regions drawn from both views, not normalised; rows of the loss.
-        target: (b, 2, M, D), what they are compared with.
-        regions: int64 (b, 2, M), the regions' numbers within their image; 0: the view shows none.
-        image: int64 (b,), a number that tells images apart over all ranks.
+        target: (b, 2, M, D) embeddings that they are compared with, not normalised.
+        regions: int64 (b, 2, M), numbers of the regions within their image; 0: the view has none.
+        image: int64 (b,), a number that identifies the image over all ranks.
         valid: bool (b,).
 
     Returns:
-        The loss of each region, float32 (b, 2, M), weighted by 1 / (times it was drawn from its view), 0 where it has no
+        The loss of each region, float32 (b, 2, M), divided by the number of times that it was drawn from its view, 0 without a
         positive; and whether it has one, bool (b, 2, M).
     """
     shown = (regions > 0) & valid[:, None, None]
-    # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
+    # An invalid row may hold NaN, which zeros keep out of the loss and of its gradient.
     online, target = (F.normalize(x.float().masked_fill(~shown[..., None], 0.0), dim=-1) for x in (online, target))
     counts = row_counts(online.shape[0])
-    everybody, images, all_shown = (gather_rows(x, counts) for x in (target, image, shown))
+    everyone, images, all_shown = (gather_rows(x, counts) for x in (target, image, shown))
 
     same_region = regions[:, 0, :, None] == regions[:, 1, None, :]  # rows of no region are not counted below
     positives = torch.stack([same_region, same_region.transpose(1, 2)], dim=1)  # (b, 2, M, M)
@@ -106,15 +106,15 @@ def detcon_loss(
     own = torch.einsum("bvmd,bvkd->bvmk", online, target.flip(1)) / temperature
     attracted = own.masked_fill(~positives, 0.0).sum(-1) / num_positives.clamp(min=1)
 
-    similarity = torch.einsum("bvmd,nukd->bvmnuk", online, everybody) / temperature
-    # Same image, same view, same region: the region itself, as often as it was drawn.
+    similarity = torch.einsum("bvmd,nukd->bvmnuk", online, everyone) / temperature
+    # Same image, same view, same region: the region itself, once for each time that it was drawn.
     itself = regions[..., :, None] == regions[..., None, :]  # (b, 2, M, M)
     is_own = image[:, None] == images  # (b, N)
     same_view = torch.eye(2, dtype=torch.bool, device=online.device)
     left_out = is_own[:, None, None, :, None, None] & same_view[:, None, None, :, None] & itself[:, :, :, None, None, :]
     similarity = similarity.masked_fill(left_out | ~all_shown, -torch.inf).flatten(3)
     counted = shown & (num_positives > 0)
-    # Such a row may have nothing to be compared with, and so no sum.
+    # A row that is not counted may have no finite similarity, whose log-sum-exp would be −inf.
     similarity = torch.where(counted[..., None], similarity, torch.zeros_like(similarity))
     times_drawn = itself.sum(-1)
     loss = (similarity.logsumexp(-1) - attracted) / times_drawn
@@ -122,7 +122,7 @@ def detcon_loss(
 
 
 class DetCon(nn.Module):
-    """Trunk, projector and, in B, predictor and target."""
+    """Trunk and projector; in variant B also predictor and EMA target."""
 
     def __init__(self, settings: DetConConfig, backbone: BackboneConfig, *, seed: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class DetCon(nn.Module):
         return {"online": self.predictor(online.flatten(0, 2)).view_as(online), "target": target}
 
     def _regions(self, views: PairViews) -> Tensor:
-        """The regions drawn from each view, int64 (B, 2, M): a function of (seed, epoch, position)."""
+        """The regions drawn from each view, int64 (B, 2, M), by (seed, epoch, position)."""
         assert views.regions is not None
         count = self.settings.regions_per_view
         draws = uniform(stream(self.seed, "regions", views.epoch), views.positions, 2 * count)
@@ -167,7 +167,7 @@ class DetCon(nn.Module):
         return projector(pooled.flatten(0, 1)).reshape(*regions.shape, -1)
 
     def loss(self, embeddings: Mapping[str, Tensor], views: PairViews) -> StepResult:
-        """The loss of what `embed` returned, over the global batch."""
+        """The loss of the embeddings that `embed` returns, over the global batch."""
         online = embeddings["online"]
         target = embeddings["target"].detach() if "target" in embeddings else online
         with torch.autocast(online.device.type, enabled=False):
@@ -188,7 +188,7 @@ class DetCon(nn.Module):
 
     @torch.no_grad()
     def after_update(self, step: int, steps: int) -> None:
-        """Let the target follow; `step` updates of `steps` were done before this one."""
+        """Update the EMA target; `step` of `steps` updates were done before this one."""
         if self.target is not None:
             momentum = cosine_momentum(self.settings.momentum, step, steps)
             follow(self.target["trunk"], self.trunk, momentum)

@@ -1,4 +1,4 @@
-"""NT-Xent over two views of each image (SimCLR, arXiv 2002.05709): the baseline that knows nothing of places."""
+"""Implements NT-Xent over two views of each image (`NTXent`, SimCLR, arXiv 2002.05709): the baseline without localisation."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -17,12 +17,12 @@ from workloads.types import PairViews, StepResult
 
 @config
 class NTXentConfig:
-    """The objective's knobs; all of them can be swept."""
+    """Settings of NT-Xent; all of them can be swept."""
 
     kind: Literal["ntxent"] = "ntxent"
-    """Which objective."""
+    """Name of the objective."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
-    """τ, what cosine similarities are divided by."""
+    """Temperature τ; cosine similarities are divided by it."""
     projection_dim: Annotated[int, Field(ge=8)] = 128
     """Channels of the embedding."""
     projector_hidden: Annotated[int, Field(ge=8)] = 2048
@@ -32,23 +32,23 @@ class NTXentConfig:
 def ntxent_loss(views: Tensor, image: Tensor, valid: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
     """−log(e^{sim(z_i,z_j)/τ} / Σ_{k≠i} e^{sim(z_i,z_k)/τ}) of this rank's views over the global batch (eq. 1 of SimCLR).
 
-    Float32 and log-sum-exp, whatever the precision of the inputs.
+    Computed in float32 with log-sum-exp for any input precision.
 
     Args:
         views: (b, 2, D) embeddings, not normalised.
-        image: int64 (b,), a number that tells images apart over all ranks.
-        valid: bool (b,); invalid images are neither counted nor anybody's negatives.
+        image: int64 (b,), a number that identifies the image over all ranks.
+        valid: bool (b,); invalid images are not counted and not negatives.
 
     Returns:
-        The loss of each view, float32 (b, 2), 0 where invalid; and whether the other view was the most similar, bool (b, 2).
+        The loss of each view, float32 (b, 2), 0 where invalid; and whether the other view is the most similar, bool (b, 2).
     """
-    # A row that counts nowhere may hold anything; its zeros keep NaN out of the gradient too.
+    # An invalid row may hold NaN, which zeros keep out of the loss and of its gradient.
     views = F.normalize(views.float().masked_fill(~valid[:, None, None], 0.0), dim=-1)
     counts = row_counts(views.shape[0])
-    everybody, images, valids = gather_rows(views, counts), gather_rows(image, counts), gather_rows(valid, counts)
+    everyone, images, valids = gather_rows(views, counts), gather_rows(image, counts), gather_rows(valid, counts)
     positive = (views[:, 0] * views[:, 1]).sum(-1) / temperature
     positive = positive[:, None, None].expand(-1, 2, -1)
-    similarity = torch.einsum("bvd,nud->bvnu", views, everybody) / temperature
+    similarity = torch.einsum("bvd,nud->bvnu", views, everyone) / temperature
     negative = ((image[:, None] != images) & valids)[:, None, :, None]
     logits = torch.cat([positive, similarity.masked_fill(~negative, -torch.inf).flatten(2)], dim=-1)
     loss = logits.logsumexp(-1) - logits[..., 0]
@@ -57,7 +57,7 @@ def ntxent_loss(views: Tensor, image: Tensor, valid: Tensor, *, temperature: flo
 
 
 class NTXent(nn.Module):
-    """A trunk and its projector; both views of all images in one batch."""
+    """A trunk and its projector; both views of all images are one batch."""
 
     def __init__(self, settings: NTXentConfig, backbone: BackboneConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class NTXent(nn.Module):
         return {"views": self.projector(features).unflatten(0, (-1, 2))}
 
     def loss(self, embeddings: Mapping[str, Tensor], views: PairViews) -> StepResult:
-        """The loss of what `embed` returned, over the global batch."""
+        """The loss of the embeddings that `embed` returns, over the global batch."""
         with torch.autocast(views.valid.device.type, enabled=False):
             loss, found = ntxent_loss(
                 embeddings["views"], views.positions, views.valid, temperature=self.settings.temperature
@@ -87,4 +87,4 @@ class NTXent(nn.Module):
             return StepResult(loss=global_mean(loss.sum(), count), metrics=metrics)
 
     def after_update(self, step: int, steps: int) -> None:
-        """Nothing here changes but by gradient."""
+        """Do nothing: all state is trained by gradient."""

@@ -1,7 +1,7 @@
-"""Gradient caching (arXiv 2101.06983): the global batch's exact loss and gradients when a rank's share does not fit in memory.
+"""Computes the exact gradients of a global batch whose share does not fit in memory, by gradient caching (arXiv 2101.06983).
 
-Embeddings of all images first, in micro-batches and without a graph; then the loss of all of them and its gradient with
-respect to the embeddings; then each micro-batch once more with its graph, from the embeddings' gradients on.
+Three passes: embeddings of all images in micro-batches, without a graph; the loss and its gradient with respect to the
+embeddings; each micro-batch again with its graph, backward from the gradients of its embeddings.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def backward_in_micro_batches(objective: nn.Module, views: Views | PairViews, micro_batch_size: int) -> StepResult:
-    """Add the gradient of the global-batch loss to `objective`'s parameters, averaged over ranks; returns the detached step.
+    """Add the gradient of the global-batch loss, averaged over ranks, to `objective`'s parameters; returns the detached step.
 
-    The second pass draws the same random numbers as the first, and updates no running statistics.
+    The second forward pass draws the same random numbers as the first, and updates no running statistics.
 
     Args:
-        objective: in two parts, `loss(embed(views), views)` being its forward, and not wrapped in DDP: gradients are averaged here, once.
-        micro_batch_size: images of this rank that have a graph at a time.
+        objective: computes `loss(embed(views), views)`; not wrapped in DDP, because gradients are averaged here.
+        micro_batch_size: images of this rank that have a graph at the same time.
     """
     parts = [slice(i, i + micro_batch_size) for i in range(0, views.valid.shape[0], micro_batch_size)]
     device = views.valid.device
@@ -38,7 +38,7 @@ def backward_in_micro_batches(objective: nn.Module, views: Views | PairViews, mi
     del pieces
     result: StepResult = objective.loss(leaves, views)  # type: ignore[operator]
     result.loss.backward()
-    with _statistics_kept(objective):
+    with _without_tracking(objective):
         for part, state in zip(parts, states, strict=True):
             _set_rng_state(state, device)
             again = objective.embed(views.rows(part))  # type: ignore[operator]
@@ -50,7 +50,7 @@ def backward_in_micro_batches(objective: nn.Module, views: Views | PairViews, mi
 
 
 def _average_gradients(module: nn.Module) -> None:
-    """What DDP would have done, in one message."""
+    """Average the gradients over ranks, as DDP does, in one all-reduce."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -62,7 +62,7 @@ def _average_gradients(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
+def _without_tracking(module: nn.Module) -> Iterator[None]:
     tracking = [m for m in module.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats]
     for norm in tracking:
         norm.track_running_stats = False

@@ -229,7 +229,7 @@ def test_a_fraction_trains_on_its_images_only(coco, tmp_path):
         (
             ["trunk={kind: random, backbone: {name: vit_tiny}}"],
             ConfigError,
-            r"trunk\.backbone\.name: a transformer, and the detectors stand on a ResNet",
+            r"trunk\.backbone\.name: a transformer, but a detector needs a ResNet",
         ),
         (["detector.statistics=batch"], ConfigError, r"detector\.statistics: batch normalises over each worker"),
         (["fraction=0.1"], ValueError, "has only 1 images"),

@@ -1,1 +1,1 @@
-"""Renders training views of a batch on the device."""
+"""Renders views of a batch on its device: crops, augmented pairs, detector inputs."""

@@ -1,4 +1,4 @@
-"""Grids over a view: which cell holds a point, which cells a crop does not cover, which region of the image a cell shows."""
+"""Functions on the cells of a grid over a view: the cell of a point, the cells in a box, the image region that a cell shows."""
 
 import torch
 from torch import Tensor
@@ -41,12 +41,12 @@ def one_hot_cell(index: Tensor, cells: int) -> Tensor:
 
 
 def source_pixels(start: Tensor, stop: Tensor, mirrored: Tensor, size: int, extent: Tensor) -> Tensor:
-    """int64 (B, V, size): the pixel of the image's axis that each of a view's `size` pixels shows, by nearest sampling.
+    """int64 (B, V, size): the pixel of an image axis that each of a view's `size` pixels shows, by nearest sampling.
 
     Args:
-        start, stop: (B, V), the interval of the axis that the view shows, pixels.
+        start, stop: (B, V), interval of the axis that the view shows, pixels.
         mirrored: bool (B, V).
-        extent: int64 (B, 1), pixels that the image has on this axis.
+        extent: int64 (B, 1), length of the image on this axis, pixels.
     """
     out = torch.arange(size, device=start.device, dtype=torch.float32) + 0.5
     out = torch.where(mirrored[..., None], size - out, out)
@@ -65,9 +65,9 @@ def grid_regions(y: Tensor, x: Tensor, content_hw: Tensor, grid: int) -> Tensor:
 
 
 def pool_regions(pixels: Tensor, grid: int, num_regions: int) -> Tensor:
-    """The region that covers most of each cell; of several, the one of the lowest number.
+    """The region with the most pixels in each cell; on a tie, the lowest number.
 
-    One-hot, average pooling and argmax of arXiv 2103.10957, without the one-hot planes: each pixel is counted once.
+    Equals one-hot, average pooling and argmax (arXiv 2103.10957), without the one-hot planes.
 
     Args:
         pixels: int64 (N, h, w), numbers from 0 to `num_regions`; h and w are multiples of `grid`.

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for: same seed, same draw, on any device and any number of workers."""
+"""Counter-based random numbers (`uniform`): a draw depends only on its stream and key, never on device or number of workers."""
 
 import hashlib
 
@@ -23,7 +23,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def stream(*names: int | str) -> int:
-    """A 63-bit constant for a named use (`stream(seed, "views", epoch)`), so that two uses never share their draws."""
+    """A 63-bit id of a named use, as `stream(seed, "views", epoch)`; different names give independent draws."""
     return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -32,7 +32,7 @@ def uniform(stream_id: int, keys: Tensor, count: int) -> Tensor:
 
     Args:
         stream_id: from `stream`.
-        keys: int64 (...,), what is drawn for: a position in the epoch, an image's hash.
+        keys: int64 (...,), one for each set of draws: a position in the epoch, or an image's hash.
         count: draws per key.
 
     Returns:

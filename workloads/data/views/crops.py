@@ -1,4 +1,4 @@
-"""Views of a batch: the whole image and K small crops of it, made on the device, one antialiased resampling each."""
+"""Renders the full view and K small crops of each image on the device (`make_views`), by one antialiased resampling each."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -19,38 +19,38 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, as torchvision's rgb_to_gray
 
 @config
 class JitterConfig:
-    """Photometric changes of a crop, of the strength that torchvision's ColorJitter means by the same numbers."""
+    """Colour jitter of a crop; strengths have the meaning of torchvision's ColorJitter."""
 
     share: Share = 0.5
     """Share of the crops whose colours are jittered."""
     brightness: Share = 0.4
-    """Brightness factor is drawn from 1 ± this."""
+    """The brightness factor is drawn from 1 ± this."""
     contrast: Share = 0.4
-    """Contrast factor is drawn from 1 ± this."""
+    """The contrast factor is drawn from 1 ± this."""
     saturation: Share = 0.4
-    """Saturation factor is drawn from 1 ± this."""
+    """The saturation factor is drawn from 1 ± this."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Hue is rotated by up to ± this share of the colour circle."""
+    """The hue is rotated by up to ± this share of the colour circle."""
     grey: Share = 0.2
-    """Share of the jittered crops that lose their colour altogether."""
+    """Share of the jittered crops that become grey."""
 
 
 @config
 class ViewsConfig:
-    """How an image becomes a full view and its crops (arXiv 2402.13465, section 3)."""
+    """Sizes and augmentation of the full view and its crops (arXiv 2402.13465, section 3)."""
 
     kind: Literal["crops"] = "crops"
-    """Which views; those of anchor_ntxent."""
+    """Kind of views; crops is for anchor_ntxent."""
     full_size: Annotated[int, Field(ge=32, multiple_of=32)] = 128
     """Side of the square full view, pixels; the image is stretched to it."""
     crop_size: Annotated[int, Field(ge=16)] = 64
     """Side of the square that a crop is resampled to, pixels."""
     crops_per_image: Annotated[int, Field(ge=1, le=64)] = 4
-    """Crops that share one full view."""
+    """Number of crops of each full view."""
     crop_scale: tuple[Share, Share] = (0.10, 0.25)
     """Least and largest side of a crop, as a share of the image's longer side; width and height are drawn independently."""
     crop_fit: Literal["stretch", "pad"] = "stretch"
-    """Whether a crop is stretched to the square or keeps its aspect ratio within it."""
+    """stretch: a crop fills the square; pad: it keeps its aspect ratio, and the rest of the square is zero."""
     horizontal_flip: Share = 0.5
     """Share of crops, and independently of full views, that are mirrored left to right."""
     vertical_flip: Share = 0.5
@@ -63,7 +63,7 @@ class ViewsConfig:
 
     @property
     def regions_column(self) -> None:
-        """Crops need no regions."""
+        """None: crops need no regions."""
         return None
 
     @property
@@ -90,7 +90,7 @@ class _Placement:
 def make_views(batch: ImageBatch, settings: ViewsConfig, *, seed: int) -> Views:
     """Draw and render the training views of `batch` on its device.
 
-    Every draw is a function of (seed, epoch, position): the same image gets the same views on any number of workers.
+    Every draw is a function of (seed, epoch, position), so that views do not depend on the number of workers.
     """
     return render_views(batch, settings, keys=batch.positions, stream_id=stream(seed, "views", batch.epoch))
 

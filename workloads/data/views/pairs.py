@@ -1,4 +1,4 @@
-"""Two augmented views of each image, their regions and their patches, made on the device, one resampling each."""
+"""Renders two augmented views of each image on the device (`make_pair_views`), with their regions and patches where configured."""
 
 import math
 from typing import Annotated, Literal
@@ -22,22 +22,22 @@ _PATCH_DRAWS = 10  # two for the place, six for the colours, grey, order
 
 @config
 class GridRegionsConfig:
-    """Regions that need no column: the cells of a grid over the image."""
+    """Regions that are the cells of a grid over the image."""
 
     kind: Literal["grid"] = "grid"
-    """Where regions come from."""
+    """Source of the regions."""
     size: Annotated[int, Field(ge=1, le=64)] = 5
-    """Cells a side."""
+    """Cells on each side."""
 
 
 @config
 class ColumnRegionsConfig:
-    """Regions that `data build regions=[…]` has put beside the images."""
+    """Regions that `data build regions=[…]` has stored with the images."""
 
     kind: Literal["column"] = "column"
-    """Where regions come from."""
+    """Source of the regions."""
     name: str
-    """Name of the column, without its prefix: felzenszwalb, slic, panoptic, grid, or a foreign column's."""
+    """Name of the column, without its prefix: felzenszwalb, slic, panoptic, grid, or one of your own."""
 
 
 @config
@@ -45,26 +45,29 @@ class PatchesConfig:
     """Small pieces of each view (arXiv 1912.01991, section 3.3; DetCo's local views)."""
 
     grid: Annotated[int, Field(ge=2, le=5)] = 3
-    """Cells a side, one patch each, in random order."""
+    """Cells on each side; every cell gives one patch, in random order."""
     view_size: Annotated[int, Field(ge=32)] = 255
     """Side of the square that is cut into cells, pixels."""
     size: Annotated[int, Field(ge=8)] = 64
-    """Side of a patch, which lies at random within its cell, pixels."""
+    """Side of a patch, pixels; its position within the cell is random."""
     area: tuple[Share, Share] = (0.6, 1.0)
     """Least and largest share of the image that the cut square covers."""
 
     def __post_init__(self) -> None:
         if self.size > self.view_size // self.grid:
             cell = self.view_size // self.grid
-            raise ConfigError(f"views.patches.size: {self.size} does not fit into a cell of {cell} pixels")
+            raise ConfigError(
+                f"views.patches.size: {self.size} does not fit into a cell of {cell} pixels; use at most {cell}, or a larger "
+                "views.patches.view_size"
+            )
 
 
 @config
 class PairViewsConfig:
-    """How an image becomes two augmented views (arXiv 2002.05709, as used by arXiv 2103.10957)."""
+    """Size and augmentation of two views of an image (arXiv 2002.05709, as in arXiv 2103.10957)."""
 
     kind: Literal["pair"] = "pair"
-    """Which views; those of ntxent, detcon and detco."""
+    """Kind of views; pair is for ntxent, detcon and detco."""
     view_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224
     """Side of the square views, pixels."""
     area: tuple[Share, Share] = (0.08, 1.0)
@@ -75,9 +78,9 @@ class PairViewsConfig:
     """Share of the views that are mirrored left to right."""
     colours: PhotometricConfig = PhotometricConfig()
     regions: Annotated[GridRegionsConfig | ColumnRegionsConfig, Field(discriminator="kind")] | None = None
-    """Regions that travel with the image into its views; null: none (detcon needs them)."""
+    """Image regions that are mapped into the views; null: none (detcon needs them)."""
     patches: PatchesConfig | None = None
-    """Small pieces beside the views; null: none (detco needs them)."""
+    """Patches in addition to the views; null: none (detco needs them)."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("area", self.area), ("aspect", self.aspect)):
@@ -86,7 +89,7 @@ class PairViewsConfig:
 
     @property
     def regions_column(self) -> str | None:
-        """The column that the reader must bring along, or None."""
+        """The column that the loader must read, or None."""
         return self.regions.name if isinstance(self.regions, ColumnRegionsConfig) else None
 
     @property
@@ -103,7 +106,7 @@ class PairViewsConfig:
 def make_pair_views(batch: ImageBatch, settings: PairViewsConfig, *, seed: int) -> PairViews:
     """Draw and render the two views of every image of `batch` on its device.
 
-    Every draw is a function of (seed, epoch, position): the same image gets the same views on any number of workers.
+    Every draw is a function of (seed, epoch, position), so that views do not depend on the number of workers.
     """
     size = settings.view_size
     draws = uniform(stream(seed, "pair", batch.epoch), batch.positions, 2 * (_BOX_DRAWS + DRAWS))
@@ -146,7 +149,7 @@ def _render(images: Tensor, box: Tensor, mirrored: Tensor, size: int) -> Tensor:
 
 
 def _regions(batch: ImageBatch, box: Tensor, mirrored: Tensor, settings: PairViewsConfig) -> tuple[Tensor | None, int]:
-    """Region of each 32-pixel cell of each view, (B, 2, g, g), and the highest number that occurs."""
+    """Region of each 32-pixel cell of each view, int64 (B, 2, g, g), and the highest possible number."""
     if settings.regions is None:
         return None, 0
     size = settings.view_size
@@ -157,7 +160,7 @@ def _regions(batch: ImageBatch, box: Tensor, mirrored: Tensor, settings: PairVie
             pixels, highest = grid_regions(y, x, batch.content_hw, grid), grid * grid
         case ColumnRegionsConfig():
             if batch.regions is None:
-                raise ValueError("the batch was read without its regions")
+                raise ValueError(f"batch.regions: the loader did not read the column {settings.regions.name}")
             image = torch.arange(len(y), device=y.device)[:, None, None, None]
             pixels = batch.regions[image, y[..., :, None], x[..., None, :]].long()
             highest = batch.num_regions
@@ -178,7 +181,7 @@ def _patches(batch: ImageBatch, images: Tensor, settings: PairViewsConfig, seed:
     index = torch.arange(count, device=draws.device)
     corner = torch.stack([index % patches.grid, index // patches.grid], dim=-1) * cell
     corner = corner + each[..., :2] * (cell - patches.size)
-    # From pixels of the square that is cut to pixels of the image. Which cell of a mirrored square it was, the shuffling forgets.
+    # From pixels of the cut square to pixels of the image. Mirroring permutes the cells, which the shuffling makes irrelevant.
     scale = (box[..., 2:] - box[..., :2])[..., None, :] / patches.view_size
     low = box[..., None, :2] + corner * scale
     boxes = torch.cat([low, low + patches.size * scale], dim=-1).flatten(1, 2)

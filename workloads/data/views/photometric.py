@@ -1,4 +1,4 @@
-"""What two views of an image do to its colours: jitter, grey, blur, solarisation (arXiv 2006.07733, appendix B)."""
+"""Changes the colours of two views (`change_colours`): jitter, grey, blur, solarisation (arXiv 2006.07733, appendix B)."""
 
 import torch
 from torch import Tensor
@@ -8,21 +8,21 @@ from workloads.data.views.crops import JitterConfig, Share, grey, jitter_colours
 from workloads.errors import ConfigError
 
 DRAWS = 10
-"""Draws from [0, 1) that one view takes."""
+"""Number of draws from [0, 1) for one view."""
 
 
 @config
 class PhotometricConfig:
-    """Shares in pairs are those of an image's first and second view."""
+    """Colour changes of two views; a pair of shares is for the first and the second view."""
 
     jitter: JitterConfig = JitterConfig(share=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.0)
-    """How colours are changed; its own `grey` acts on jittered views only and is left to the one below."""
+    """Colour jitter; its own `grey` acts on jittered views only, the one below on all views."""
     grey: Share = 0.2
-    """Share of the views that lose their colour."""
+    """Share of the views that become grey."""
     blur: tuple[Share, Share] = (1.0, 0.1)
-    """Shares of the views that are blurred by a Gaussian."""
+    """Shares of the views to which a Gaussian blur is applied."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Least and largest standard deviation of the Gaussian, pixels of a view of 224; a smaller view's is smaller in proportion."""
+    """Least and largest standard deviation of the Gaussian, pixels at a view size of 224; scaled with the view size."""
     solarise: tuple[Share, Share] = (0.0, 0.2)
     """Shares of the views whose pixels above one half are inverted."""
 
@@ -63,7 +63,7 @@ def _chosen(views: Tensor) -> Tensor:
 def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur of (N, C, h, w), reflected at the borders, each image with its own `sigma` (N,), pixels.
 
-    As two products with a band matrix an image: convolutions of a batch of kernels are slow on a CPU.
+    Two products with a band matrix for each image, because convolutions with a kernel for each image are slow on a CPU.
     """
     n, channels, height, width = images.shape
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Antialiased separable resampling of a batch of boxes out of a batch of images, on the device."""
+"""Resamples boxes of a batch of images on the device, antialiased and separable (`axis_weights`, `resample`, `crop_boxes`)."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def axis_weights(
     pixels = torch.arange(source, device=start.device, dtype=torch.float32)
     distance = (pixels + 0.5 - centers[..., None]).abs() / step.clamp(min=1.0)[..., None]
     begin, end = start[..., None, None], (start + length)[..., None, None]
-    # An interval's end that was rounded must not touch one pixel more.
+    # Rounding of an interval's end must not add a pixel.
     touched = (pixels + 1 > begin + 1e-3) & (pixels < end - 1e-3)
     weights = (1 - distance).clamp_(min=0) * touched
     inside = (centers > start[..., None]) & (centers < (start + length)[..., None])
