@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from workloads.config import config, to_dict
 from workloads.data.views.detection import DetectionViews
 from workloads.models.backbone import STAGES, GlobalBatchNorm2d, Stage, Trunk
-from workloads.models.retina_loss import retina_loss
+from workloads.models.retinanet_loss import retinanet_loss
 from workloads.parallel.distributed import averaged, global_mean
 from workloads.types import Detections, StepResult
 
@@ -147,9 +147,9 @@ class Detector(nn.Module):
             levels = list(features.values())
             # RetinaNet has no background category: its labels begin with 0.
             targets = [{**target, "labels": target["labels"] - 1} for target in views.targets or []]
-            outputs, anchors = network.head(levels), network.anchor_generator(images, levels)
-            category, box = retina_loss(outputs["cls_logits"], outputs["bbox_regression"], anchors, targets)
-            return {"loss_category": category, "loss_box": box}
+            outputs, anchors = network.head(levels), network.anchor_generator(images, levels)[0]
+            losses = retinanet_loss(outputs["cls_logits"], outputs["bbox_regression"], anchors, targets)
+            return {"loss_category": losses["classification"], "loss_box": losses["bbox_regression"]}
         proposals, first = network.rpn(images, features, views.targets)
         _, second = network.roi_heads(features, proposals, images.image_sizes, views.targets)
         named = {
