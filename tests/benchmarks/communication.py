@@ -1,11 +1,11 @@
-"""What ranks tell each other in one step, measured and modelled, and what that means for 8, 64 and 512 GPUs.
+"""Measures and models the bytes that ranks exchange in one step, and estimates their time on 8, 64 and 512 GPUs.
 
     python tests/benchmarks/communication.py --json communication.json
 
-Measured on real gloo ranks by counting what goes into each collective; the model must say the same to the byte. For larger
-clusters it is put into the usual cost: an all-reduce of S bytes over W ranks moves 2 (W-1)/W S through each rank's link, an
-all-gather (W-1)/W S, and each of them takes 2 log2 W messages one after the other. Nothing is hidden behind computing, as DDP
-hides most of the gradients: an upper bound.
+Measured on real gloo ranks by counting the bytes of each collective; the model must agree exactly. The time on larger clusters
+follows the usual cost model: an all-reduce of S bytes over W ranks moves 2 (W-1)/W S through each rank's link, an all-gather
+(W-1)/W S, and each takes 2 log2 W consecutive messages. It is an upper bound, since DDP overlaps most of the gradients with
+computation.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def settings(uri: str, steps: int) -> dict[str, Any]:
-    """A run that tells each other as much as a real one does, with small images."""
+    """A run that exchanges as much as a real one, with small images."""
     return {
         "name": "communication",
         "steps": steps,
@@ -100,13 +100,13 @@ def settings(uri: str, steps: int) -> dict[str, Any]:
 
 
 def parameters(values: dict[str, Any]) -> int:
-    """Trained parameters of the whole objective."""
+    """Number of trained parameters of the objective."""
     module = build_objective(build(PretrainConfig, values))
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def model(count: int, *, ranks: int, rows: int, levels: int, dim: int) -> dict[str, int]:
-    """Bytes that one step puts into collectives, as the size of what every rank then has.
+    """Bytes of one step's collectives, as the size of their result on each rank.
 
     Args:
         rows: crops of the global batch.
@@ -132,7 +132,7 @@ def seconds(step: dict[str, int], ranks: int, bytes_per_s: float, message_s: flo
 
 
 def counted(rank: int, world_size: int, values: dict[str, Any]) -> dict[str, int]:
-    """Run it on this rank, and count what goes into each collective."""
+    """Train on this rank, and count the bytes of each collective."""
     from workloads.loops.pretrain import pretrain
     from workloads.parallel import runtime
 

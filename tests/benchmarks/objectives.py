@@ -1,10 +1,10 @@
-"""What an objective's own work costs: its whole step over the forward and backward passes of its networks alone.
+"""Measures the cost of an objective beyond its networks: its step over the forward and backward passes of the networks alone.
 
     python tests/benchmarks/objectives.py --json FILE [--batch 32] [--repetitions 5]
 
-Synthetic views on the device, laptop sizes; steps of both kinds take turns, medians. `overhead` is the step (drawing regions, pooling them,
-the loss, target and queues) over the same networks with a loss that costs nothing. Each objective runs in a process of its own, whose peak
-resident memory is reported; operations are counted for one image.
+Synthetic views, laptop sizes; steps of both kinds alternate, medians are reported. `overhead` is the time of the step (drawing and
+pooling regions, loss, target and queues) over that of the same networks with a trivial loss. Each objective runs in a process of
+its own, whose peak resident memory is reported; operations are counted for one image.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""Slow, obvious restatements that tests compare with."""
+"""Slow and obvious restatements of losses, metrics and plans, with which tests compare."""

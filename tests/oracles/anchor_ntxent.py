@@ -1,4 +1,4 @@
-"""Anchor NT-Xent and its choice of cells, restated with loops in float64: slow and obvious."""
+"""Restates anchor NT-Xent and its choice of cells with loops in float64."""
 
 import math
 

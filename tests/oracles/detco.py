@@ -1,4 +1,4 @@
-"""DetCo restated with loops in float64: three contrasts at each level, and queues as plain lists."""
+"""Restates DetCo with loops in float64: three contrasts at each level, and queues as plain lists."""
 
 import math
 

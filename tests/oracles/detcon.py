@@ -1,4 +1,4 @@
-"""DetCon restated with loops in float64: which cells are a region's, and the contrast of each region drawn with all others."""
+"""Restates DetCon with loops in float64: the cells of each region, and its contrast with all others."""
 
 import math
 

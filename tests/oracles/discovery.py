@@ -1,4 +1,4 @@
-"""LOST and TokenCut restated the slow way: one image, one patch at a time, the papers' steps in their order."""
+"""Restates LOST and TokenCut one image and one patch at a time, in the order of the papers' steps."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Grid accuracy restated with loops: which cell is the best, does it count, and the learning-free row."""
+"""Restates grid accuracy with loops: the best cell, whether it is a hit, and the colour-statistics baseline."""
 
 import math
 

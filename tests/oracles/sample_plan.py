@@ -1,4 +1,4 @@
-"""The sample plan as the design tells it, walked row by row in plain Python."""
+"""Restates the sample plan row by row in plain Python."""
 
 import hashlib
 

@@ -25,7 +25,11 @@ OBJECTIVES = {
         "objective": {"kind": "anchor_ntxent", "anchor_negatives": 9, "symmetric": True, "crop_grid": 5},
     },
     "ntxent": {"views": PAIR, "objective": {"kind": "ntxent", "projector_hidden": 64}},
-    "detcon_s": {"views": GRID, "objective": {"kind": "detcon", "variant": "S", "projector_hidden": 64}},
+    "detcon_s": {
+        "views": GRID,
+        "objective": {"kind": "detcon", "variant": "S", "projector_hidden": 64},
+        "optimizer": {"kind": "lars"},
+    },
     "detcon_b": {"views": GRID, "objective": {"kind": "detcon", "variant": "B", "projector_hidden": 64}},
     "detco": {
         "views": {**PAIR, "patches": {"view_size": 96, "size": 32}},

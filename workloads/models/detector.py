@@ -239,8 +239,8 @@ def _network(settings: DetectorConfig, trunk: Trunk, categories: int) -> nn.Modu
 def _use_global_statistics(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d) and not isinstance(child, GlobalBatchNorm2d):
-            made = GlobalBatchNorm2d(child.num_features, eps=child.eps, momentum=child.momentum, affine=child.affine)
-            made.load_state_dict(child.state_dict())
-            setattr(module, name, made)
+            norm = GlobalBatchNorm2d(child.num_features, eps=child.eps, momentum=child.momentum, affine=child.affine)
+            norm.load_state_dict(child.state_dict())
+            setattr(module, name, norm)
         else:
             _use_global_statistics(child)

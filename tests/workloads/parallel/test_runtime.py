@@ -1,4 +1,4 @@
-"""`LocalRuntime`: SIGTERM during its life and after it, and the newest checkpoint on several ranks."""
+"""`LocalRuntime`: SIGTERM during its life and after it, and the current device under torchrun."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from workloads.errors import RunStoppedError
 from workloads.parallel.runtime import LocalRuntime
@@ -36,3 +37,14 @@ def test_sigterm_ends_work_without_checkpoints_at_once(tmp_path: Path):
         terminate_self()
         time.sleep(30)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_current_device_is_that_of_the_local_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With two pretended GPUs: NCCL, and every "cuda" without an index, would use the first one in both processes."""
+    chosen: list[torch.device] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with LocalRuntime(tmp_path) as runtime:
+        assert chosen == [runtime.device] == [torch.device("cuda", 1)]
