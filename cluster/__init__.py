@@ -1,1 +1,1 @@
-"""Where runs happen beside this machine's own process: a cluster brought up here, and files that bring one up elsewhere."""
+"""Starts a cluster on this machine (`local`), and renders files that start one elsewhere (`render`). Knows nothing of the runs."""

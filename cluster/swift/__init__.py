@@ -1,7 +1,7 @@
-"""An S3 store: OpenStack Swift with its s3api, in a virtual environment of its own, because its pins are not ours.
+"""Sets up an S3 store: OpenStack Swift with its s3api, in a separate virtual environment, because its pins differ from ours.
 
-It checks signatures, knows conditional writes, byte ranges and multipart uploads, and keeps objects as files below one folder,
-whose file system must have extended attributes. One copy of everything: it is for trying out, not for keeping.
+It checks signatures, supports conditional writes, byte ranges and multipart uploads, and stores objects as files below one folder,
+whose file system must have extended attributes. It has one copy of everything: use it for trials, not for data to keep.
 """
 
 import getpass
@@ -12,22 +12,22 @@ from pathlib import Path
 
 REQUIREMENTS = ("swift==2.38.3", "setuptools<81")
 KINDS = ("account", "container", "object", "proxy")
-"""Its four servers; clients speak to the proxy."""
+"""Swift's four servers; clients connect to the proxy."""
 
 _SERVER = Path(__file__).with_name("launch.py")
 
 
 def home() -> Path:
-    """Where this user's environment with Swift is, once it was made."""
+    """Folder of this user's virtual environment with Swift."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "orchestrator", "swift-2.38.3")
 
 
 def make_environment(home: Path, *requirements: str, timeout_s: float = 900.0) -> Path:
-    """The Python of a virtual environment with `requirements`, made on first use.
+    """The Python of a virtual environment with `requirements`, which is created on first use.
 
     Raises:
-        subprocess.SubprocessError, OSError: it cannot be made.
+        subprocess.SubprocessError, OSError: it cannot be created.
     """
     python, done = home / "bin" / "python", home / "ready"
     if not done.exists() or done.read_text() != " ".join(requirements):
@@ -50,13 +50,13 @@ def configure(
     """Write the store's configuration into `folder`.
 
     Args:
-        python: of an environment with `REQUIREMENTS`.
-        ports: of loopback, for each of `KINDS`.
-        access_key: ACCOUNT:USER, which is how Swift understands one.
-        host: that clients speak to; the servers behind the proxy stay on loopback.
+        python: interpreter of an environment with `REQUIREMENTS`.
+        ports: port of each of `KINDS`.
+        access_key: ACCOUNT:USER, the form that Swift expects.
+        host: address of the proxy; the servers behind it listen on loopback.
 
     Returns:
-        Kind → command that runs this server in the foreground.
+        Kind → command that runs the server in the foreground.
     """
     devices = folder / "devices"
     (devices / "d1").mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def configure(
 
 
 def server_environment() -> dict[str, str]:
-    """Variables that the servers need."""
+    """Environment variables of the servers."""
     return {
         "PYTHONPATH": str(_SERVER.parent),
         "PYTHONWARNINGS": "ignore",

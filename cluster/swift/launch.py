@@ -1,4 +1,4 @@
-"""One of Swift's servers, or the rings by which they find each other; runs in the environment that has Swift.
+"""Runs one of Swift's servers, or writes the rings by which the servers find each other; for the environment with Swift.
 
 python launch.py KIND-server CONFIG SWIFT_CONF
 python launch.py rings FOLDER account=PORT container=PORT object=PORT
@@ -9,7 +9,7 @@ import threading
 
 
 class DictCache:
-    """What the proxy asks of memcached: one proxy process needs none."""
+    """Replaces memcached, which a single proxy process does not need."""
 
     def __init__(self):
         self._values = {}
@@ -40,7 +40,7 @@ class DictCache:
 
 
 def cache_filter(global_conf, **_):
-    """A paste filter that offers the cache to the pipeline."""
+    """A paste filter that gives the pipeline the cache."""
     cache = DictCache()
 
     def factory(app):
@@ -54,7 +54,7 @@ def cache_filter(global_conf, **_):
 
 
 def make_rings(folder, *ports):
-    """Each ring has one device, d1 of the server on loopback at this port."""
+    """Write the rings; each has one device, d1 of the server on loopback at this port."""
     from swift.common.ring import RingBuilder
 
     for kind, port in (text.split("=") for text in ports):

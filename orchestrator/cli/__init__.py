@@ -1,1 +1,1 @@
-"""The command line: words, tables, exit codes."""
+"""The `orchestrator` command: its subcommands, help texts, tables, error messages and exit codes."""

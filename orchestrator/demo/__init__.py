@@ -1,1 +1,1 @@
-"""`orchestrator demo`: from generated images to a compared model."""
+"""`orchestrator demo`: draws synthetic scenes (`scenes`), pretrains on them and shows what was learned (`run`)."""

@@ -1,9 +1,8 @@
-"""Synthetic scenes in which colour finds nothing: textured shapes over textured ground, all of one tone and contrast.
+"""Draws synthetic scenes (`write_scenes`) of textured shapes, all of one tone and contrast, so that colour is no help.
 
-The textures are photographs that ship inside scikit-image and scikit-learn, in grey. Each is normalised locally: around
-every pixel, within about 20 px, mean and standard deviation are the same. So a crop can be found again by its pattern
-only. Training scenes draw from the left part of every photograph, held-out scenes from the right part: neither the
-compositions nor the patterns of the held-out scenes were seen.
+The textures are grey photographs from scikit-image and scikit-learn. Each is normalised locally: within about 20 px around every
+pixel, mean and standard deviation are the same. So a crop can be found again only by its pattern. Training scenes use the left
+part of every photograph and held-out scenes the right part, so that they share neither compositions nor patterns.
 """
 
 import math
@@ -21,7 +20,7 @@ _PHOTOS = (
     *("immunohistochemistry", "moon", "page", "retina", "rocket", "text"),
 )
 _SCALES = (0.5, 0.75, 1.0)
-_SIGMA = 7.0  # pixels: the neighbourhood within which tone and contrast are made equal
+_SIGMA = 7.0  # pixels; size of the neighbourhood within which tone and contrast are equalised
 _TRAIN_SHARE = 0.65  # of every photograph's width
 _SEED_OF = {"train": 0, "heldout": 1}
 
@@ -49,7 +48,7 @@ def write_scenes(
 
 
 def load_textures(split: Split) -> list[Array]:
-    """Every photograph's part for `split` at several scales, as float32 (H, W), locally of mean 0 and deviation 1."""
+    """The part of every photograph for `split`, at several scales: float32 (H, W), locally of mean 0 and deviation 1."""
     textures = []
     for grey in _photographs():
         border = int(grey.shape[1] * _TRAIN_SHARE)
@@ -76,17 +75,17 @@ def _photographs() -> list[Array]:
 
 
 def normalize_locally(grey: Array) -> Array:
-    """`grey` (H, W) with its mean and standard deviation around every pixel made 0 and 1."""
+    """`grey` (H, W), normalised to mean 0 and standard deviation 1 around every pixel."""
     from scipy.ndimage import gaussian_filter
 
     centred = grey - gaussian_filter(grey, _SIGMA)
     deviation = np.sqrt(gaussian_filter(centred**2, _SIGMA))
-    # Flat sky has no pattern to amplify, only its noise: the floor keeps that from becoming a texture of its own.
+    # Flat sky has only noise: the floor keeps that from being amplified into a texture.
     return (centred / np.maximum(deviation, 2.0)).astype(np.float32)
 
 
 def draw_scene(textures: list[Array], *, side: int, rng: np.random.Generator) -> Array:
-    """One scene, uint8 (side, side): ground of a few textures, then shapes, each of a texture of its own."""
+    """One scene, uint8 (side, side): a ground of a few textures, and shapes over it, each with another texture."""
     canvas = np.zeros((side, side), dtype=np.float32)
     order = rng.permutation(len(textures))
     sites = rng.uniform(0, side, size=(int(rng.integers(2, 5)), 2))
@@ -102,13 +101,13 @@ def draw_scene(textures: list[Array], *, side: int, rng: np.random.Generator) ->
 
 
 def _patch(texture: Array, side: int, rng: np.random.Generator) -> Array:
-    """A random (side, side) piece of `texture`, turned and flipped at random, mirrored at its ends if it is smaller."""
+    """A random (side, side) piece of `texture`, rotated and flipped at random, mirrored at its borders if it is smaller."""
     turned = np.rot90(texture, int(rng.integers(4)))
     turned = turned[:, ::-1] if rng.random() < 0.5 else turned
     padding = [(0, max(0, side - extent)) for extent in turned.shape]
-    whole = np.pad(turned, padding, mode="symmetric")
-    top, left = (int(rng.integers(extent - side + 1)) for extent in whole.shape)
-    return whole[top : top + side, left : left + side]
+    padded = np.pad(turned, padding, mode="symmetric")
+    top, left = (int(rng.integers(extent - side + 1)) for extent in padded.shape)
+    return padded[top : top + side, left : left + side]
 
 
 def _shape_mask(side: int, rng: np.random.Generator) -> Array:
@@ -117,7 +116,7 @@ def _shape_mask(side: int, rng: np.random.Generator) -> Array:
     center = rng.uniform(0.05 * side, 0.95 * side, size=2)
     corners = int(rng.choice([3, 4, 5, 6, 10, 32]))
     stretch, turn = rng.uniform(0.6, 1.0), rng.uniform(0, 2 * math.pi)
-    dent = rng.uniform(0.5, 0.8) if corners == 10 else 1.0  # every other corner drawn in: a star
+    dent = rng.uniform(0.5, 0.8) if corners == 10 else 1.0  # every other corner is moved inwards: a star
     points = []
     for corner in range(corners):
         angle = 2 * math.pi * corner / corners

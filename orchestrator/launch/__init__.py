@@ -1,1 +1,1 @@
-"""What a run will cost, and sending it to a cluster."""
+"""Plans what a run costs (`plan`, `calibration`), submits it to a cluster (`submit`, `follow`), and renders machines (`machines`)."""
