@@ -1,11 +1,11 @@
-"""Errors that are shown to a user as one sentence: `UserError` and its kinds, each with the exit code of the command."""
+"""The errors that are shown to the user as one sentence: `UserError` and its kinds, each with the exit code of the command."""
 
 
 class UserError(Exception):
-    """Something that the user can act on; the message is one sentence that says what and how to mend it."""
+    """An error that the user can act on; the message is one sentence with the cause and the fix."""
 
     exit_code = 1
-    """Of the command that ends with this error."""
+    """Exit code of a command that ends with this error."""
 
 
 class RequestError(UserError):
@@ -15,22 +15,22 @@ class RequestError(UserError):
 
 
 class ConfigError(RequestError, ValueError):
-    """A configuration is wrong; the message names the dotted key and how to mend it."""
+    """A configuration is wrong; the message names the dotted key and the fix."""
 
 
 class DataError(RequestError):
-    """The data is not what it should be; the message names the file or row and how to mend it."""
+    """A dataset is missing or damaged; the message names the file or row and the fix."""
 
 
 class StoreUnavailableError(DataError):
-    """The store did not answer for as long as one read may take; a later try may succeed."""
+    """The store did not answer within the time limit of a read; a later try may succeed."""
 
     exit_code = 1
 
 
 class RunFailedError(UserError):
-    """Work that was started could not be finished; the message says why in one sentence."""
+    """Work that was started has failed; the message gives the reason."""
 
 
 class RunStoppedError(UserError):
-    """The work ended because it was requested to; the message says at which step, and how to continue."""
+    """The run ended because it was asked to; the message gives the step, and how to continue."""

@@ -236,11 +236,11 @@ def _evaluation_steps(experiment: AnyExperiment) -> set[int]:
 
 def _checkpoint_steps(experiment: AnyExperiment, steps_per_epoch: int) -> set[int]:
     steps = experiment.steps
-    found = {steps} | (_evaluation_steps(experiment) - {0})
+    saved = {steps} | (_evaluation_steps(experiment) - {0})
     for every in (experiment.checkpoint_every, (experiment.checkpoint_epochs or 0) * steps_per_epoch):
         if every:
-            found |= set(range(every, steps + 1, every))
-    return found
+            saved |= set(range(every, steps + 1, every))
+    return saved
 
 
 def _kept(experiment: AnyExperiment, steps_per_epoch: int) -> int:
