@@ -13,6 +13,7 @@ import pyarrow as pa
 from PIL import Image
 from torch import Tensor
 
+from workloads.data.build.jpeg_scan import scan_ends_early
 from workloads.data.build.region_masks import RegionColumnsConfig, compute_regions
 from workloads.data.build.sources import OBJECTS_TYPE
 from workloads.data.loading.decode import DecodeError, decode_image
@@ -140,6 +141,8 @@ class RowBuilder:
             image = decode_image(data)
         except DecodeError as error:
             raise Reject(f"undecodable: {error}") from None
+        if scan_ends_early(data, image):
+            raise Reject("undecodable: the JPEG's image data ends early")
         height, width = image.shape[1:]
         scale = 1.0
         if self.short_side is not None and min(height, width) > self.short_side:

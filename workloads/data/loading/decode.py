@@ -34,7 +34,7 @@ def decode_image(encoded: Encoded) -> Tensor:
         data = bytearray(encoded)  # a copy, because torch wants writable memory; small beside the decoding
         size = sound_jpeg_hw(data)
         if size is None:
-            return _decode_with_pillow(data)
+            return decode_with_pillow(data)
         if size[0] * size[1] > MAX_PIXELS:
             raise DecodeError(f"too large: {size[1]}x{size[0]} pixels")
         image: Tensor = torch.ops.image.decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), _RGB, True)
@@ -49,7 +49,8 @@ def _in_words(error: Exception) -> DecodeError:
     return DecodeError(" ".join(str(error).split())[:200] or type(error).__name__)
 
 
-def _decode_with_pillow(data: bytearray) -> Tensor:
+def decode_with_pillow(data: bytearray) -> Tensor:
+    """As `decode_image`, by Pillow alone; raises nearly any exception where the bytes are damaged."""
     with open_image(data) as image:
         orientation = orientation_of(image)
         pixels: Image.Image = image

@@ -33,7 +33,8 @@ _TURNS = {
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _HUFFMAN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive
-_END_OF_IMAGE = b"\xff\xd9"
+END_OF_IMAGE = b"\xff\xd9"
+"""The marker that ends a JPEG."""
 
 
 def open_image(encoded: Encoded) -> Image.Image:
@@ -87,7 +88,7 @@ def sound_jpeg_hw(data: bytes | bytearray) -> tuple[int, int] | None:
                 and data[place + 4] == 8
                 and data[place + 9] in (1, 3, 4)
                 and height > 0 < width
-                and data.rfind(_END_OF_IMAGE, place + length) >= 0
+                and data.rfind(END_OF_IMAGE, place + length) >= 0
             )
             return (height, width) if is_sound else None
         place += 2 + length
