@@ -109,7 +109,7 @@ def test_rejects_are_listed_with_reasons(source, tmp_path):
         "zz_copy.jpg": "duplicate",
         "class_0/copy.jpg": "duplicate",
     }
-    assert rejects["cut.jpg"] == "undecodable: Image is incomplete or truncated"
+    assert rejects["cut.jpg"].startswith("undecodable: image file is truncated")
     assert manifest.num_images == 32
     assert manifest.source["listed"] == 38
     assert manifest.source["rejected"] == manifest.rejects.rows == 6
