@@ -22,7 +22,7 @@ class NonFiniteLossError(RunFailedError):
 
 @dataclass(slots=True)
 class Meter:
-    """Sums between two records; nothing here waits for the device but `check` and `flush`."""
+    """Sums of the metrics since the last record; only `check` and `flush` wait for the device."""
 
     loader: TrainLoader
     remedy: str
@@ -39,23 +39,25 @@ class Meter:
     shown: dict[str, float] = field(default_factory=dict)
 
     def restart(self) -> None:
+        """Forget the sums and start measuring images/s again."""
         self.steps, self.sums = 0, {}
         self.recent.clear()
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what went before out of images/s."""
+        """Start measuring images/s again."""
         self.timed_steps = 0
         self.started, self.waited = time.perf_counter(), self.loader.wait_seconds
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Count the time inside as time for which a checkpoint held the steps up."""
+        """Count the block's time as time for which a checkpoint blocked the steps."""
         began = time.perf_counter()
         yield
         self.held += time.perf_counter() - began
 
     def add(self, batch: ImageBatch, metrics: dict[str, Tensor], rate: float) -> None:
+        """Add the metrics of one update, made from `batch` at the learning rate `rate`."""
         self.steps += 1
         self.timed_steps += 1
         self.rate = rate
@@ -64,23 +66,23 @@ class Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
     def count_bad_rows(self) -> None:
-        """Add up what did not decode on any rank since the run began; every rank calls it."""
+        """Sum the rows that did not decode on any rank since the run began; every rank calls it."""
         device = self.sums["train/loss"].device
         here = torch.tensor([self.loader.bad_rows], dtype=torch.float64, device=device)
         self.bad_rows = self.bad_rows_before + int(sum_over_ranks(here))
 
     def window(self) -> dict[str, Tensor]:
-        """The sums since the last record, for a checkpoint: the record after a restart covers the steps before it too."""
+        """The sums since the last record, for a checkpoint: the first record of a resumed run covers the steps before it too."""
         return {**self.sums, "steps": torch.tensor(self.steps), "bad_rows": torch.tensor(self.bad_rows)}
 
     def resume(self, window: Mapping[str, Tensor]) -> None:
-        """Begin with a checkpoint's `window`."""
+        """Continue from the `window` of a checkpoint."""
         self.restart()
         self.steps, self.bad_rows_before = int(window["steps"]), int(window["bad_rows"])
         self.sums = {name: value.clone() for name, value in window.items() if name not in ("steps", "bad_rows")}
 
     def check(self, step: int, saved: str) -> None:
-        """Wait for the device and see that the loss is a number.
+        """Wait for the device and check that the loss is finite.
 
         Raises:
             NonFiniteLossError: on every rank alike, since the summed loss is the global batch's.
@@ -95,7 +97,7 @@ class Meter:
             )
 
     def flush(self, global_batch_size: int) -> dict[str, float]:
-        """The means since the last record."""
+        """The means since the last record, by tracking key; starts the next record."""
         names = list(self.sums)
         values = torch.stack([self.sums[name] for name in names]).tolist()
         record = {name: value / self.steps for name, value in zip(names, values, strict=True)}
@@ -113,6 +115,6 @@ class Meter:
         return record
 
     def line(self) -> dict[str, float]:
-        """What a progress bar shows: the last record's figures, so that showing them costs nothing."""
+        """Figures for a progress bar: those of the last record, so that the device is not waited for."""
         names = ("train/loss", "train/images_per_s", "train/data_wait_share")
         return {name.removeprefix("train/"): self.shown[name] for name in names if name in self.shown}

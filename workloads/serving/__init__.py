@@ -1,1 +1,1 @@
-"""Exports trunks, and predicts with a finished model."""
+"""Export of trunks with model cards, and prediction with the model of a checkpoint."""

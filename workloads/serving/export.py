@@ -1,8 +1,9 @@
-"""A trunk leaves the house: state dicts for torchvision and timm, safetensors, ONNX, torch.export, each with its metadata.
+"""Exports a ResNet trunk as torchvision, timm, safetensors, ONNX and torch.export files (`export`), and verifies each.
 
-Whoever loads them needs nothing of this project. Every file is loaded again and compared before it counts as written.
+Loading a file needs no part of this project. Every file is loaded again and its output compared with the trunk's.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,9 +18,15 @@ from torch import Tensor, nn
 
 from workloads.config import to_dict
 from workloads.errors import ConfigError, RunFailedError
+from workloads.loops.finetune import FinetuneConfig
 from workloads.models.backbone import IMAGENET_MEAN, IMAGENET_STD, STAGES, Trunk, norm_layer
+from workloads.models.detector import Detector
 from workloads.models.fpn import Pyramid
+from workloads.objectives.anchor_ntxent import AnchorNTXent
 from workloads.serving.model_card import write_card
+from workloads.serving.predict import Predictor
+from workloads.spec.factory import AnyObjective
+from workloads.spec.pretrain import PretrainConfig
 from workloads.storage.checkpoint import read_meta
 
 Format = Literal["torchvision", "timm", "safetensors", "onnx", "torch_export"]
@@ -31,12 +38,12 @@ _CHECKED = ((1, 64, 64), (2, 96, 64), (3, 224, 224))  # (batch, height, width)
 
 
 class ExportError(RunFailedError):
-    """A file does not give what the trunk gives, or cannot be written; the message says which."""
+    """An exported file differs from the trunk or cannot be written; the message names the format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What is exported: a ResNet trunk, and the pyramid on it where the run trained one."""
+    """A ResNet trunk to export, and its pyramid where the run trained one."""
 
     trunk: Trunk
     pyramid: Pyramid | None
@@ -45,11 +52,11 @@ class Exported:
 
 
 def export(what: Exported, formats: tuple[Format, ...], folder: Path) -> dict[str, Path]:
-    """Write `formats` and `metadata.json` into `folder`; returns format or file's purpose → file.
+    """Write `formats` and `metadata.json` into `folder`; returns format or purpose → file.
 
     Raises:
         ConfigError: a library that a format needs is not installed.
-        ExportError: a written file does not give what the trunk gives.
+        ExportError: the output of a written file differs from the trunk's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     what.trunk.eval()
@@ -72,7 +79,7 @@ def export(what: Exported, formats: tuple[Format, ...], folder: Path) -> dict[st
 
 
 def metadata(what: Exported, files: Mapping[str, Path]) -> dict[str, Any]:
-    """What a user must know to feed the files: architecture, normalisation, input size, outputs; and the run's facts."""
+    """Metadata of the exported files: architecture, normalisation, input size, outputs, and the facts of the run."""
     settings = what.trunk.settings
     return {
         "architecture": settings.name,
@@ -94,12 +101,12 @@ def metadata(what: Exported, files: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def trunk_state(trunk: Trunk) -> dict[str, Tensor]:
-    """torchvision's and timm's names without a classifier."""
+    """The trunk's tensors under torchvision's and timm's names, without a classifier."""
     return {name: value.detach().cpu().contiguous() for name, value in trunk.body.state_dict().items()}
 
 
 def _torchvision(what: Exported, folder: Path) -> dict[str, Path]:
-    """`resnet*` with a classifier of zeros, `resnet_fpn_backbone`, and, of a run that trained one, its own pyramid."""
+    """`resnet*` with a classifier of zeros, `resnet_fpn_backbone`, and the run's own pyramid where it trained one."""
     name, state = what.trunk.settings.name, trunk_state(what.trunk)
     width = what.trunk.channels[-1]
     classifier = {"fc.weight": torch.zeros(_CLASSES, width), "fc.bias": torch.zeros(_CLASSES)}
@@ -129,8 +136,8 @@ def _fresh_fpn(what: Exported) -> dict[str, Tensor]:
     """The pyramid of torchvision's `resnet_fpn_backbone`, of 256 channels over C2 to C5, as it is initialised."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = torchvision.ops.FeaturePyramidNetwork(list(what.trunk.channels), 256)
-    return {f"fpn.{name}": value for name, value in made.state_dict().items()}
+        pyramid = torchvision.ops.FeaturePyramidNetwork(list(what.trunk.channels), 256)
+    return {f"fpn.{name}": value for name, value in pyramid.state_dict().items()}
 
 
 def _pyramid_state(pyramid: Pyramid) -> dict[str, Tensor]:
@@ -161,8 +168,8 @@ def _check_pyramid(what: Exported, file: Path) -> None:
     theirs.load_state_dict(torch.load(file, weights_only=True))
 
     def ours(images: Tensor) -> list[Tensor]:
-        found = pyramid(what.trunk(images))
-        return [found[level] for level in ("P3", "P4", "P5")]
+        maps = pyramid(what.trunk(images))
+        return [maps[level] for level in ("P3", "P4", "P5")]
 
     levels = theirs.eval()
     _compare(what, lambda images: list(levels(images).values())[:3], "torchvision_pyramid", ours=ours)
@@ -187,25 +194,29 @@ def _safetensors(what: Exported, folder: Path) -> dict[str, Path]:
     from safetensors.torch import load_file, save_file
 
     file = folder / f"{what.trunk.settings.name}.safetensors"
-    told = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata(what, {}).items()}
     state = trunk_state(what.trunk)
-    save_file(state, file, metadata=told)
+    save_file(state, file, metadata=_as_text(metadata(what, {})))
     again = load_file(file)
     if again.keys() != state.keys() or any(not torch.equal(again[name], state[name]) for name in state):
         raise ExportError(f"{file.name}: holds other numbers than the trunk")
     return {"safetensors": file}
 
 
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata for a file header that holds strings only."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
 class _Stages(nn.Module):
-    """What graphs are made of: normalised images to the four stages, in order."""
+    """The module that is traced: normalised images to the maps of the four stages, in order."""
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.trunk = trunk
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        found = self.trunk(images)
-        return tuple(found[stage] for stage in STAGES)
+        maps = self.trunk(images)
+        return tuple(maps[stage] for stage in STAGES)
 
 
 def _program(what: Exported) -> torch.export.ExportedProgram:
@@ -229,15 +240,13 @@ def _onnx(what: Exported, folder: Path) -> dict[str, Path]:
     import onnxscript  # noqa: F401 - torch's exporter needs it, and says so less plainly
 
     file = folder / f"{what.trunk.settings.name}.onnx"
-    made = torch.onnx.export(
+    program = torch.onnx.export(
         _program(what), input_names=["images"], output_names=list(STAGES), dynamo=True, verbose=False
     )
-    assert made is not None
-    made.save(str(file), external_data=False)
+    assert program is not None
+    program.save(str(file), external_data=False)
     model = onnx.load(str(file))
-    onnx.helper.set_model_props(
-        model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata(what, {}).items()}
-    )
+    onnx.helper.set_model_props(model, _as_text(metadata(what, {})))
     onnx.checker.check_model(model)
     onnx.save(model, str(file))
     check_onnx(what, file)
@@ -266,11 +275,11 @@ def check_onnx(what: Exported, file: Path) -> float:
 def _stages_of(network: Any) -> Callable[[Tensor], list[Tensor]]:
     def stages(images: Tensor) -> list[Tensor]:
         x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
-        found = []
+        maps = []
         for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
             x = layer(x)
-            found.append(x)
-        return found
+            maps.append(x)
+        return maps
 
     return stages
 
@@ -287,40 +296,44 @@ def _compare(
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch, height, width in _CHECKED:
         images = torch.randn(batch, 3, height, width, generator=generator)
-        for wanted, found in zip(expect(images), theirs(images), strict=True):
-            if wanted.shape != found.shape:
-                raise ExportError(f"{name}: gives {tuple(found.shape)} for {(batch, 3, height, width)}")
-            scale = float(wanted.abs().max().clamp(min=1.0))
-            worst = max(worst, float((wanted - found).abs().max()) / scale)
+        for expected, given in zip(expect(images), theirs(images), strict=True):
+            if expected.shape != given.shape:
+                raise ExportError(f"{name}: gives {tuple(given.shape)} for {(batch, 3, height, width)}")
+            scale = float(expected.abs().max().clamp(min=1.0))
+            worst = max(worst, float((expected - given).abs().max()) / scale)
     if not worst <= _TOLERANCE:
         raise ExportError(f"{name}: differs from the trunk by {worst:.1e}, more than {_TOLERANCE:.0e}")
     return worst
 
 
-def exported_of(model: Any, settings: Any, *, facts: Mapping[str, Any]) -> Exported:
-    """What a run's model exports.
-
-    Args:
-        model: an objective of pretraining, or a `Detector`.
+def exported_of(
+    model: AnyObjective | Detector, settings: PretrainConfig | FinetuneConfig, *, facts: Mapping[str, Any]
+) -> Exported:
+    """The trunk of a run's model, ready to export; the model is not changed.
 
     Raises:
-        ConfigError: its trunk is no ResNet.
+        ConfigError: the trunk is no ResNet.
     """
-    trunk = getattr(model, "trunk", None)
-    pyramid = getattr(model, "pyramid", None)
-    views = settings.views
-    if trunk is None:  # a detector; C4's last stage stands in its head
-        trunk, pyramid = model.network.backbone.trunk, None
-        if not len(list(trunk.body.layer4.children())):
-            trunk.body.layer4, trunk.stages = model.network.roi_heads.box_head.layer4, STAGES
+    trunk = _whole_trunk(model) if isinstance(model, Detector) else model.trunk
+    pyramid = model.pyramid if isinstance(model, AnchorNTXent) else None
     if not isinstance(trunk, Trunk):
         raise ConfigError("export: only ResNet trunks are exported; a ViT's state dict is timm's already")
-    told = {"config": presentable(to_dict(settings)), **facts}
-    return Exported(trunk=trunk, pyramid=pyramid, input_size=views.input_size, facts=told)
+    described = {"config": presentable(to_dict(settings)), **facts}
+    return Exported(trunk=trunk, pyramid=pyramid, input_size=settings.views.input_size, facts=described)
+
+
+def _whole_trunk(detector: Detector) -> Trunk:
+    """A detector's trunk with all four stages; a C4 detector has the last one in its head."""
+    trunk: Trunk = detector.network.backbone.trunk
+    if len(list(trunk.body.layer4.children())):
+        return trunk
+    trunk = copy.deepcopy(trunk)
+    trunk.body.layer4, trunk.stages = copy.deepcopy(detector.network.roi_heads.box_head.layer4), STAGES
+    return trunk
 
 
 def presentable(value: Any) -> Any:
-    """Nested plain values without what a file that travels must not tell: a local path is only its last part."""
+    """Nested plain values without private details, for a file that is shared: local paths are cut to their last part."""
     if isinstance(value, dict):
         return {key: presentable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -344,24 +357,22 @@ def export_checkpoint(
     """Export the trunk of a run's checkpoint, with its model card; returns purpose → file.
 
     Args:
-        source: what the card and the metadata say of where it is from, beside the data's and the config's hash.
-        metrics: what was measured of the run; what the checkpoint itself knows by default.
+        source: origin of the model, as run id, for the card and the metadata; the hashes of data and config are added.
+        metrics: figures of the run, by tracking key; by default those in the checkpoint.
 
     Raises:
-        CheckpointError: no checkpoint, or a damaged one.
-        ConfigError: its trunk is no ResNet, or a library is missing.
-        ExportError: a written file does not give what the trunk gives.
+        CheckpointError: there is no checkpoint, or it is damaged.
+        ConfigError: the trunk is no ResNet, or a library is missing.
+        ExportError: the output of a written file differs from the trunk's.
     """
-    from workloads.serving.predict import Predictor
-
     predictor, meta = Predictor(checkpoint), read_meta(str(checkpoint))
-    told = {
+    origin = {
         **source,
         "step": str(meta.step),
         "data manifest SHA-256": meta.manifest_sha256,
         "config SHA-256": meta.config_sha256,
     }
-    facts = {"source": told, "licence": licence}
+    facts = {"source": origin, "licence": licence}
     what = exported_of(predictor.module, predictor.settings, facts=facts)
     files = export(what, formats, folder)
     card = write_card(
@@ -371,7 +382,7 @@ def export_checkpoint(
         config=presentable(to_dict(predictor.settings)),
         metrics=meta.metrics if metrics is None else metrics,
         licence=licence,
-        source=told,
+        source=origin,
         channels=_pyramid_width(what.pyramid) if "torchvision_pyramid" in files and what.pyramid else None,
     )
     return {**files, "card": card}

@@ -1,4 +1,4 @@
-"""The model card: what a model is, on what data it was trained, what was measured and how surely, and what it is not for."""
+"""Writes the model card of an export (`write_card`): model, data, files and how to load them, figures, limits, configuration."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-_INPUT = "NCHW, RGB, [0, 1], less the mean {mean}, divided by {std}; trained on {size} pixels, any size goes"
+_INPUT = "NCHW, RGB, [0, 1], then (x − {mean}) / {std}; trained on {size} pixels, other sizes work too"
 _LOADING = {
     "torchvision": (
         "`torchvision.models.{name}()`, `strict=True`; the classifier is of zeros, so replace `fc` or take features",
@@ -60,8 +60,8 @@ def write_card(
     Args:
         described: what `export.metadata` returned.
         metrics: key → value; `x_low` and `x_high` are the interval of `x`.
-        source: what → where from, as run id and data hash.
-        channels: of the run's own pyramid, if its file is there.
+        source: name → origin, as run id and data hash.
+        channels: channels of the run's own pyramid, where its file was written.
     """
     name, files = described["architecture"], described["files"]
     group = described["norm"] == "group"
@@ -70,7 +70,7 @@ def write_card(
     lines = [
         f"# {title}",
         "",
-        f"A {name} ({described['norm']} norm), pretrained without labels or fine-tuned as told below.",
+        f"A {name} ({described['norm']} norm), pretrained without labels or fine-tuned, by the configuration below.",
         "",
     ]
     lines += ["| | |", "| --- | --- |", *(f"| {what} | `{value}` |" for what, value in source.items())]
@@ -107,7 +107,7 @@ def _table(metrics: Mapping[str, float]) -> list[str]:
     ends = ("_low", "_high")
     rows = sorted(k for k, v in metrics.items() if k.startswith("eval/") and not k.endswith(ends) and math.isfinite(v))
     if not rows:
-        return ["Nothing was measured on held-out images."]
+        return ["No evaluation on held-out images was run."]
     lines = ["| metric | value | 95 % interval over images |", "| --- | --- | --- |"]
     for key in rows:
         low, high = (metrics.get(key + end) for end in ends)
@@ -118,15 +118,15 @@ def _table(metrics: Mapping[str, float]) -> list[str]:
 
 def _limits(metrics: Mapping[str, float]) -> list[str]:
     limits = [
-        "- Trained on the images of the dataset above and on nothing else; on other kinds of images it was not measured.",
-        "- What it embeds reflects what those images show, their makers' choices and biases included.",
+        "- Trained on the images of the dataset above only; it was not measured on other kinds of images.",
+        "- Its embeddings reflect the content of those images, including the choices and biases of those who collected them.",
         "- Embeddings are compared by cosine; a similarity is no probability.",
     ]
     if "eval/pixel" in metrics and "eval/sga" in metrics:
-        found, pixel = metrics["eval/sga"], metrics["eval/pixel"]
+        sga, pixel = metrics["eval/sga"], metrics["eval/pixel"]
         limits.append(
-            f"- Colour statistics, which learn nothing, find {pixel:.1%} of the plain queries; this model finds {found:.1%}."
+            f"- The colour-statistics baseline, without any learning, finds {pixel:.1%} of the plain queries; this model {sga:.1%}."
         )
     if not any(key.startswith("eval/") for key in metrics):
-        limits.append("- Nothing is known of its quality: no evaluation was run.")
+        limits.append("- Its quality is unknown: no evaluation was run.")
     return limits

@@ -1,4 +1,4 @@
-"""A run's model for whoever has images and no dataset: encoded files or arrays in, embeddings or detections out."""
+"""Applies a checkpoint's model to images (`Predictor`): encoded files or arrays in, embeddings or detections out."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,14 @@ from workloads.config import read_yaml
 from workloads.data.loading.decode import DecodeError, decode_batch
 from workloads.data.views.detection import make_detection_views
 from workloads.loops.dispatch import loop_of
-from workloads.loops.finetune import load_detector
+from workloads.loops.finetune import FinetuneConfig, load_detector
+from workloads.metrics.grid_accuracy import GridModel
 from workloads.models.backbone import imagenet_normalized
 from workloads.models.detector import Detector
+from workloads.models.vit import Tokens
+from workloads.spec.factory import AnyObjective
 from workloads.spec.loading import load_model
+from workloads.spec.pretrain import PretrainConfig
 from workloads.storage.checkpoint import CONFIG
 from workloads.types import ImageBatch
 
@@ -26,14 +30,13 @@ from workloads.types import ImageBatch
 class Predictor:
     """The model of a checkpoint.
 
-    `predict` takes float32 (B, 3, h, w) in [0, 1], or a sequence of encoded images (JPEG and what else Pillow reads) of
-    any size. Of pretraining, it gives what the trunk or, where the run trained one, the pyramid embeds; of fine-tuning,
-    detections.
+    `predict` takes float32 (B, 3, h, w) in [0, 1], or a sequence of encoded images (JPEG or any format that Pillow reads) of
+    any size. A pretrained model returns the maps of its pyramid or, without one, of its trunk; a fine-tuned one detections.
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.module: Any
-        self.settings: Any
+        self.module: AnyObjective | Detector
+        self.settings: PretrainConfig | FinetuneConfig
         if loop_of(read_yaml(checkpoint / CONFIG)) == "finetune":
             self.module, self.settings = load_detector(str(checkpoint))
         else:
@@ -43,43 +46,42 @@ class Predictor:
         """Level (`P3`, …), stage (`C2`, …) or token → float32 (B, C, …); or `boxes_xyxy`, `scores`, `categories` of each image.
 
         Raises:
-            DecodeError: an image that is none.
-            ValueError: arrays of another shape.
+            DecodeError: an image does not decode.
+            ValueError: the arrays have another shape.
         """
         batch = _decoded(images) if _is_encoded(images) else np.asarray(images)
         with torch.inference_mode():
             if isinstance(self.module, Detector):
-                return self._detections(batch)
-            return self._embeddings(batch)
+                return self._detections(self.module, batch)
+            return self._embeddings(self.module, batch)
 
-    def _embeddings(self, batch: "ImageBatch | np.ndarray") -> dict[str, np.ndarray]:
-        pixels = _stretched(batch, self._full_size()) if isinstance(batch, ImageBatch) else _as_tensor(batch)
-        if hasattr(self.module, "embed_grid"):
-            found: Any = self.module.embed_grid(pixels)
-        else:
-            found = self.module.trunk(imagenet_normalized(pixels))
-        named: Mapping[str, Tensor] = found if isinstance(found, Mapping) else _fields(found)
+    def _embeddings(self, objective: AnyObjective, batch: ImageBatch | np.ndarray) -> dict[str, np.ndarray]:
+        side = self.settings.views.input_size
+        pixels = _stretched(batch, side) if isinstance(batch, ImageBatch) else _as_tensor(batch)
+        features = (
+            objective.embed_grid(pixels)
+            if isinstance(objective, GridModel)
+            else objective.trunk(imagenet_normalized(pixels))
+        )
+        named: Mapping[str, Tensor] = features if isinstance(features, Mapping) else _fields(features)
         return {str(name): value.float().numpy() for name, value in named.items()}
 
-    def _detections(self, batch: "ImageBatch | np.ndarray") -> list[dict[str, Any]]:
+    def _detections(self, detector: Detector, batch: ImageBatch | np.ndarray) -> list[dict[str, Any]]:
+        assert isinstance(self.settings, FinetuneConfig)
         views = make_detection_views(
             batch if isinstance(batch, ImageBatch) else _as_batch(batch),
             self.settings.views,
             device=torch.device("cpu"),
         )
-        names = self.module.categories
+        names = detector.categories
         return [
             {
                 "boxes_xyxy": item.boxes_xyxy.numpy(),
                 "scores": item.scores.numpy(),
                 "categories": [names[label - 1] for label in item.labels.tolist()],
             }
-            for item in self.module.detect(views)
+            for item in detector.detect(views)
         ]
-
-    def _full_size(self) -> int:
-        views = self.settings.views
-        return int(views.input_size)
 
 
 def _is_encoded(images: Any) -> bool:
@@ -118,5 +120,5 @@ def _stretched(batch: ImageBatch, side: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _fields(found: Any) -> dict[str, Tensor]:
-    return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+def _fields(tokens: Tokens) -> dict[str, Tensor]:
+    return {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}

@@ -168,7 +168,7 @@ def test_the_card_shows_metrics_with_their_intervals(checkpoint: Path, tmp_path:
     export_checkpoint(checkpoint, ("safetensors",), tmp_path, title="x", source={"run": "r"}, metrics=metrics)
     card = (tmp_path / "README.md").read_text()
     assert "| `eval/sga` | 0.5000 | 0.4000 to 0.6000 |" in card and "train/loss" not in card
-    assert "find 30.0% of the plain queries; this model finds 50.0%" in card and "licence | not stated" in card
+    assert "finds 30.0% of the plain queries; this model 50.0%" in card and "licence | not stated" in card
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn_c4"])
@@ -179,7 +179,9 @@ def test_a_detectors_trunk_is_exported_too(kind: str, tmp_path: Path):
     detector = Detector(DetectorConfig(kind=kind, fpn_channels=16), trunk, ("a",)).eval()
 
     settings = build(FinetuneConfig, {"data": {"uri": "x", "decode_size": None}, "detector": {"kind": kind}})
+    layers = len(list(trunk.body.layer4.children()))
     what = exported_of(detector, settings, facts={})
+    assert len(list(detector.network.backbone.trunk.body.layer4.children())) == layers  # the detector is as before
     files = export(what, ("torchvision", "timm"), tmp_path)
     state = torch.load(files["timm"], weights_only=True)
     assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
