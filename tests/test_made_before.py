@@ -23,7 +23,6 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 import torch
-from orchestrator.runs.record import recorded
 
 from orchestrator.cli.app import run as run_orchestrator
 from orchestrator.datasets.build import build_dataset
@@ -32,6 +31,8 @@ from orchestrator.discovery.spec import load_discovery
 from orchestrator.experiments.load import load_experiment, load_sweep
 from orchestrator.experiments.spec import StorageConfig, TrainExperiment
 from orchestrator.runs.identity import begun_run, claim_run, finished_run, run_name
+from orchestrator.runs.journal_access import read_records
+from orchestrator.runs.records import to_json
 from orchestrator.sweeps.checks import listed_points
 from orchestrator.sweeps.run import sweep_name
 from orchestrator.sweeps.stages import search_stage
@@ -276,7 +277,7 @@ def look_at_store(store: Store, work: Path) -> dict[str, Any]:
     return {
         "run": {"name": run_name(experiment), "claim": run.claim, "config_sha256": run.config_sha256},
         "finished": finished_run(run),
-        "records": [[record["kind"], record.get("step")] for record in recorded(experiment)],
+        "records": [[record["kind"], record.get("step")] for record in map(to_json, read_records(experiment))],
         "figures": {line.split()[0]: True for line in figures.splitlines()[:-1]},
         "files": sorted(line.split()[0] for line in files.splitlines()),
         "status": [line for line in status if line.startswith(("status", "step", "score"))],

@@ -1,7 +1,7 @@
-"""How much of a detection evaluation is not the detector's own forward pass: python -m tests.benchmarks.detection --json
+"""Measures the share of a detection evaluation outside the detector's forward pass: python -m tests.benchmarks.detection --json
 
-An untrained RetinaNet-R18 that finds 100 boxes in every image, the most that are asked for, on real images if a dataset is
-given, else on made ones. The share is of wall time: reading and decoding, rendering, gathering, pycocotools and its bootstrap.
+An untrained RetinaNet-R18 that returns 100 boxes for every image, the most that count, on the images of --data or else on
+synthetic ones. The share is of wall time: reading and decoding, rendering, gathering, pycocotools and its bootstrap.
 """
 
 import argparse
@@ -59,21 +59,21 @@ def measure(uri: str, *, short_side: int, long_side: int, repeats: int) -> dict[
 def main() -> None:
     """Print the figures; with --json as one object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="dataset with objects, as COCO's; default: made images")
+    parser.add_argument("--data", help="dataset with objects, as COCO's; default: synthetic images")
     parser.add_argument("--short-side", type=int, default=192)
     parser.add_argument("--long-side", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        uri = options.data or made_dataset(Path(folder))
-        found = measure(uri, short_side=options.short_side, long_side=options.long_side, repeats=options.repeats)
-    told = {**found, "threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__}
-    print(json.dumps(told, indent=1) if options.json else told)
+        uri = options.data or synthetic_dataset(Path(folder))
+        figures = measure(uri, short_side=options.short_side, long_side=options.long_side, repeats=options.repeats)
+    result = {**figures, "threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__}
+    print(json.dumps(result, indent=1) if options.json else result)
 
 
-def made_dataset(folder: Path) -> str:
-    """64 made images with their objects, as shards."""
+def synthetic_dataset(folder: Path) -> str:
+    """Address of a dataset of 64 synthetic images with their objects."""
     from orchestrator.datasets.build import build_dataset
     from workloads.data.build.shards import BuildConfig
     from workloads.data.build.sources import CocoSourceConfig

@@ -1,10 +1,10 @@
-"""What discovery costs: the LOST step beside the forward pass it follows, and images/s of `orchestrator discover`.
+"""Measures the speed of discovery: the LOST step beside the forward pass before it, and images/s of `orchestrator discover`.
 
     python tests/benchmarks/discovery.py DATASET --json discovery.json [--repetitions 3] [--side 480] [--batch 8] [key=value …]
 
 The step takes the keys of ViT-S/16 at side × side pixels (900 patches of 384 at 480) to boxes, components included, batched;
-forward and step are measured in turn on the same threads, medians a image. `orchestrator discover` runs with one actor and
-with two, of one CPU each, in turn; its images/s are from the first image to the last, its start is told apart.
+forward and step are measured in turn on the same threads, medians per image. `orchestrator discover` runs with one actor and
+with two, of one CPU each, in turn; its images/s are from the first image to the last, its start-up time is reported apart.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def step(side: int, batch: int, repetitions: int) -> dict[str, float]:
-    """Milliseconds an image: the whole forward pass, as far as the last keys, LOST, TokenCut (one image)."""
+    """Milliseconds an image: the complete forward pass, the pass up to the last keys, LOST, TokenCut (one image)."""
     torch.manual_seed(0)
     trunk = VitTrunk(VitConfig(name="vit_small")).eval()
     images = torch.randn(batch, 3, side, side)
@@ -48,10 +48,10 @@ def step(side: int, batch: int, repetitions: int) -> dict[str, float]:
         }
         for name, value in taken.items():
             times[name] += [1000 * value] if i else []  # the first round warms up
-    found = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
+    medians = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
     return {
-        **found,
-        "lost_share_of_forward": found["lost_ms"] / found["forward_ms"],
+        **medians,
+        "lost_share_of_forward": medians["lost_ms"] / medians["forward_ms"],
         "patches": float(last.keys.shape[1]),
     }
 
@@ -83,15 +83,15 @@ def main() -> None:
     runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as scratch:
         for i in range(options.repetitions):
-            for actors, found in runs.items():
-                found.append(discover(uri, Path(scratch, f"{i}-{actors}", "found"), actors, options.overrides))
+            for actors, measured in runs.items():
+                measured.append(discover(uri, Path(scratch, f"{i}-{actors}", "output"), actors, options.overrides))
     result["discover"] = {
         f"{actors} actor{'s' if actors > 1 else ''}": {
-            "images_per_s": [run["images_per_s"] for run in found],
-            "median_images_per_s": statistics.median(run["images_per_s"] for run in found),
-            "startup_s": [run["startup_s"] for run in found],
+            "images_per_s": [run["images_per_s"] for run in measured],
+            "median_images_per_s": statistics.median(run["images_per_s"] for run in measured),
+            "startup_s": [run["startup_s"] for run in measured],
         }
-        for actors, found in runs.items()
+        for actors, measured in runs.items()
     }
     options.json.write_text(json.dumps(result, indent=2))
     print(json.dumps(result, indent=2))

@@ -1,13 +1,13 @@
-"""The table of discovery: CorLoc and class-agnostic AP50 of every method and trunk, what a detector trained on the boxes adds.
+"""Makes the table of discovery: CorLoc and class-agnostic AP50 of each method and trunk, and of detectors trained on the boxes.
 
     python tests/benchmarks/discovery_trunks.py TRAIN VAL --work DIR --json table.json \\
         --trunk random18 kind=random --trunk tiny kind=vit,vit.name=vit_tiny --trunk ours kind=checkpoint,uri=CHECKPOINT \\
         [--methods lost,tokencut,cls_attention,centre] [--cad lost,centre] [--clusters 100] [--steps 200] [key=value …]
 
-For each trunk, boxes are found in both datasets. With --cad, a class-agnostic RetinaNet-R18 is trained on the training images'
+For each trunk, both datasets are searched. With --cad, a class-agnostic RetinaNet-R18 is trained on the training images'
 boxes of each method named, from the trunk if that is a ResNet's checkpoint, else from random weights; with --clusters, another
 one on the clusters of the first method's boxes, whose AP50 by class follows the Hungarian match on the training images. Both
-are measured on VAL. What is in DIR already is not done again.
+are measured on VAL. Results that are in DIR already are read, not computed again.
 """
 
 import argparse
@@ -76,17 +76,22 @@ def main() -> None:
         show(f"{name}, val", result[name]["val"], methods)
         for method in filter(None, options.cad.split(",")):
             boxes = work / "train" / method / "boxes.parquet"
-            made = detector(train, boxes, work / f"cad_{method}", trunk, options.steps, "class_agnostic=true")
-            found = discover(val, work / f"val_cad_{method}", "methods=[detector,centre]", f"detector={made}")
-            result[name][f"cad_{method}"] = found
-            show(f"{name}, detector trained on the boxes of {method}", found, ["detector"])
+            checkpoint = detector(train, boxes, work / f"cad_{method}", trunk, options.steps, "class_agnostic=true")
+            figures = discover(val, work / f"val_cad_{method}", "methods=[detector,centre]", f"detector={checkpoint}")
+            result[name][f"cad_{method}"] = figures
+            show(f"{name}, detector trained on the boxes of {method}", figures, ["detector"])
         if options.clusters:
             boxes = work / "train" / methods[0] / "boxes.parquet"
-            made = detector(train, boxes, work / "od", trunk, options.steps)
-            matched = ("methods=[detector,centre]", f"detector={made}", f"match.boxes={boxes}", f"match.uri={train}")
-            found = discover(val, work / "val_od", *matched)
-            result[name]["od"] = found
-            print(f"{name}, clusters as classes: mean AP50 {100 * found['eval/matched_ap50']:.2f}")
+            checkpoint = detector(train, boxes, work / "od", trunk, options.steps)
+            matched = (
+                "methods=[detector,centre]",
+                f"detector={checkpoint}",
+                f"match.boxes={boxes}",
+                f"match.uri={train}",
+            )
+            figures = discover(val, work / "val_od", *matched)
+            result[name]["od"] = figures
+            print(f"{name}, clusters as classes: mean AP50 {100 * figures['eval/matched_ap50']:.2f}")
     options.json.write_text(json.dumps(result, indent=2))
 
 

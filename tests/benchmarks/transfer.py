@@ -1,8 +1,8 @@
-"""What a pretrained trunk is worth to a detector: AP50 of the same short fine-tuning from several trunks, over seeds.
+"""Measures what a pretrained trunk is worth to a detector: AP50 of the same short fine-tuning from several trunks, over seeds.
 
 python -m tests.benchmarks.transfer --train COCO_TRAIN --val COCO_VAL --trunk ours=CHECKPOINT --output DIR [key=value …]
 
-`random` is always among them. Runs that have ended are read, not repeated, so a table may be made in several sittings.
+`random` is always among them. Finished runs are read, not repeated, so a table can be made in several sessions.
 """
 
 import argparse
@@ -28,9 +28,9 @@ def one_run(settings: FinetuneConfig, output: Path) -> dict[str, float]:
         runtime = LocalRuntime(output, stream=sys.stderr)
         finetune(settings, runtime)
         runtime.close()
-    found = _last(records, settings.steps)
-    assert found is not None
-    return found
+    figures = _last(records, settings.steps)
+    assert figures is not None
+    return figures
 
 
 def _last(records: Path, step: int) -> dict[str, float] | None:
@@ -65,9 +65,9 @@ def main() -> None:
             }
             settings = load_loop(EXPERIMENT, overrides, loop="finetune")
             assert isinstance(settings, FinetuneConfig)
-            found = one_run(settings, options.output / f"{name}-{seed}")
+            figures = one_run(settings, options.output / f"{name}-{seed}")
             for key in _SHOWN:
-                table[name][key].append(found.get(key, float("nan")))
+                table[name][key].append(figures.get(key, float("nan")))
     gains = {
         name: [ours - theirs for ours, theirs in zip(row["eval/ap50"], table["random"]["eval/ap50"], strict=True)]
         for name, row in table.items()

@@ -1,1 +1,1 @@
-"""Finding objects without labels: one box an image from a trunk's features, and what is made of the boxes."""
+"""Object discovery without labels: LOST, TokenCut and baselines on a trunk's features; tables of boxes and their clusters."""

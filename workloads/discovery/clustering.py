@@ -1,4 +1,4 @@
-"""Pseudo-classes of found boxes: features of their crops, whitened and normalised, in K-means clusters (LOST, section 3.4)."""
+"""Groups discovered boxes into pseudo-classes (`cluster`): K-means on whitened features of their crops (LOST, section 3.4)."""
 
 from typing import Annotated
 
@@ -10,14 +10,14 @@ from workloads.config import config
 
 @config
 class ClustersConfig:
-    """Whether and how the boxes of the first method are grouped by what they show."""
+    """Clustering of the first method's boxes by the features of their crops."""
 
     count: Annotated[int, Field(ge=2)] | None = None
-    """Clusters; null: none, every box is an `object`. At least as many as there are classes."""
+    """Number of clusters, at least as many as there are classes; null: no clusters, every box is an `object`."""
     crop_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224
     """Side of the square that a box is stretched to for its feature, pixels."""
     starts: PositiveInt = 10
-    """Random starts of K-means, of which the tightest stays."""
+    """Random initialisations of K-means, of which the one with the lowest inertia is used."""
     seed: int = 0
     """Seed of K-means."""
 
@@ -26,26 +26,26 @@ def cluster(features: np.ndarray, settings: ClustersConfig) -> np.ndarray:
     """int64 (n,): the cluster of each of `features` (n, D), numbered from the largest to the smallest.
 
     Whitening divides every feature by its deviation over the boxes (a feature that never varies is left out); then each box's
-    vector is given length 1. At most n clusters are made.
+    vector is scaled to length 1. There are at most n clusters.
 
     Raises:
-        ValueError: no clusters are asked for, or features are not finite.
+        ValueError: `settings.count` is null, or features are not finite.
     """
     from sklearn.cluster import KMeans
 
     if settings.count is None:
-        raise ValueError("clusters.count: say how many clusters")
+        raise ValueError("clusters.count: give the number of clusters")
     if not np.isfinite(features).all():
         raise ValueError("features of boxes are not finite; check the trunk's weights")
     if not len(features):
         return np.zeros(0, dtype=np.int64)
     whitened = whitened_unit(features)
     distinct = len(np.unique(whitened, axis=0))
-    found = KMeans(min(settings.count, distinct), n_init=settings.starts, random_state=settings.seed).fit(whitened)
-    order = np.argsort(-np.bincount(found.labels_), kind="stable")
+    kmeans = KMeans(min(settings.count, distinct), n_init=settings.starts, random_state=settings.seed).fit(whitened)
+    order = np.argsort(-np.bincount(kmeans.labels_), kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    return rank[found.labels_].astype(np.int64)
+    return rank[kmeans.labels_].astype(np.int64)
 
 
 def whitened_unit(features: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""4-connected components of masks on a grid, a whole batch at a time, and the boxes around them."""
+"""Finds 4-connected components of a batch of masks (`component_of`, `largest_component`), and the boxes around them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from workloads.errors import RunFailedError
 
 
 class FeaturesError(RunFailedError):
-    """Features from which no box can be found; the message says what is wrong with them."""
+    """Features cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class ObjectRegions:
     boxes_xyxy: Tensor  # int64 (B, 4), cells, half-open
     masks: Tensor  # bool (B, h, w): the component
     seeds: Tensor  # int64 (B,): the cell it was grown from, row by row
-    scores: Tensor  # float32 (B,): higher is more like an object; a method without one says 1
+    scores: Tensor  # float32 (B,): higher is more like an object; 1 of a method without scores
 
 
 def labelled(masks: Tensor) -> np.ndarray:
@@ -46,7 +46,7 @@ def component_of(masks: Tensor, cells: Tensor) -> Tensor:
 
 
 def largest_component(masks: Tensor) -> Tensor:
-    """The largest component of each of `masks`, bool (B, h, w), the first one of equals; nothing where nothing is set."""
+    """The largest component of each of `masks`, bool (B, h, w), of equals the first; empty where no cell is set."""
     labels = labelled(masks)
     sizes = np.bincount(labels.ravel(), minlength=int(labels.max()) + 1)
     sizes[0] = 0
@@ -56,7 +56,7 @@ def largest_component(masks: Tensor) -> Tensor:
 
 
 def box_around(masks: Tensor) -> Tensor:
-    """int64 (B, 4): the half-open box xyxy, in cells, around what is set in each of `masks`, bool (B, h, w); else zeros."""
+    """int64 (B, 4): the half-open box xyxy, in cells, around the set cells of each of `masks`, bool (B, h, w); zeros without any."""
     columns, rows = masks.any(1), masks.any(2)
     low = [line.int().argmax(1) for line in (columns, rows)]
     high = [line.shape[1] - line.flip(1).int().argmax(1) for line in (columns, rows)]

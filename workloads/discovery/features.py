@@ -1,4 +1,4 @@
-"""From images of any size to the patch features that boxes are found in, for transformers and for dilated ResNets."""
+"""Extracts patch features of images of any size (`PatchExtractor`), from transformers and from dilated ResNets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ class SizeGroup:
     """The images of a batch that fill the same number of cells."""
 
     rows: Tensor  # int64 (G,): their places in the batch
-    images: Tensor  # float32 (G, 3, h, w), normalised, then padded with zeros to whole cells
+    images: Tensor  # float32 (G, 3, h, w), normalised, then padded with zeros to a multiple of the cell
 
 
 class PatchExtractor(nn.Module):
-    """A trunk that is asked for patch features: a transformer's last keys, or a ResNet's last map, dilated to `stride`.
+    """Computes patch features with a trunk: a transformer's last keys, or a ResNet's last map, dilated to `stride`.
 
-    The trunk itself stays as it is.
+    The trunk itself is not changed.
     """
 
     def __init__(self, trunk: Trunk | VitTrunk, *, stride: int = 16) -> None:
@@ -45,7 +45,7 @@ class PatchExtractor(nn.Module):
         """Side of a cell, pixels."""
 
     def forward(self, images: Tensor) -> PatchFeatures:
-        """(B, 3, h, w), normalised, h and w whole cells."""
+        """Features of images (B, 3, h, w), normalised, with h and w multiples of the cell."""
         if isinstance(self.dense, VitTrunk):
             last = self.dense.last_attention(images)
             return PatchFeatures(last.keys.float(), last.grid_hw, last.cls_attention.float())
@@ -60,7 +60,7 @@ class PatchExtractor(nn.Module):
 
 
 def same_size_groups(batch: ImageBatch, cell: int) -> Iterator[SizeGroup]:
-    """The valid images of `batch`, by size in whole cells: each is seen as if it were alone, whatever else is in the batch."""
+    """The valid images of `batch`, grouped by size in cells, so that the features of an image do not depend on its batch."""
     cells_hw = (batch.content_hw + cell - 1) // cell
     for size in cells_hw[batch.valid].unique(dim=0):
         rows = ((cells_hw == size).all(1) & batch.valid).nonzero().flatten()

@@ -92,7 +92,7 @@ def _nothing(features: Tensor, grid_hw: tuple[int, int]) -> ObjectRegions:
 
 
 def whole_map_norm(maps: Tensor) -> Tensor:
-    """A CNN's last map (B, C, h, w) as features (B, h·w, C), less its mean and divided by its deviation over the whole map.
+    """A CNN's last map (B, C, h, w) as features (B, h·w, C), less its mean and divided by its deviation, both over all of the map.
 
     LayerNorm without scale and shift: a map after a ReLU has no negative similarities before.
     """

@@ -1,1 +1,1 @@
-"""Short programs that use what a run leaves: run in the test suite, to be copied from."""
+"""Short example programs that use a run's results; the test suite runs them."""

@@ -1,4 +1,4 @@
-"""Find what one picture's box shows in another picture, with a pretraining run's own embeddings.
+"""Find the object in a box of one picture in another picture, with the embeddings of a pretraining run.
 
 python one_shot.py CHECKPOINT QUERY "x0 y0 x1 y1" TARGET   # a folder below RUN/checkpoints, two pictures, a box in pixels
 """
@@ -25,7 +25,7 @@ scale = torch.tensor([protocol.view_size / target.width, protocol.view_size / ta
 
 with torch.no_grad():
     embedded = torch.nn.functional.normalize(model.embed_crops(crop), dim=-1)
-    found = similarity(model, view, embedded, torch.tensor([0]), protocol)
-    boxes, scores = boxes_at_peaks(found, torch.tensor([[x1 - x0, y1 - y0]]) * scale, protocol)
+    similarities = similarity(model, view, embedded, torch.tensor([0]), protocol)
+    boxes, scores = boxes_at_peaks(similarities, torch.tensor([[x1 - x0, y1 - y0]]) * scale, protocol)
 for box, score in zip(boxes[0] / scale.repeat(2), scores[0], strict=True):
     print(f"similarity {float(score):.3f} at {[round(side, 1) for side in box.tolist()]}")

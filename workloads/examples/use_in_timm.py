@@ -13,12 +13,12 @@ from PIL import Image
 from timm.data import create_transform
 
 folder = Path(sys.argv[1])
-told = json.loads((folder / "metadata.json").read_text())
+metadata = json.loads((folder / "metadata.json").read_text())
 
-model = timm.create_model(told["architecture"], pretrained=False, num_classes=0)
-model.load_state_dict(torch.load(folder / told["files"]["timm"], weights_only=True))  # strict
-side = told["input"]["size"][0]
-prepare = create_transform(side, mean=told["input"]["mean"], std=told["input"]["std"], crop_pct=1.0)
+model = timm.create_model(metadata["architecture"], pretrained=False, num_classes=0)
+model.load_state_dict(torch.load(folder / metadata["files"]["timm"], weights_only=True))  # strict
+side = metadata["input"]["size"][0]
+prepare = create_transform(side, mean=metadata["input"]["mean"], std=metadata["input"]["std"], crop_pct=1.0)
 
 images = torch.stack([prepare(Image.open(path).convert("RGB")) for path in sys.argv[2:4]])
 with torch.no_grad():

@@ -12,16 +12,16 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 folder = Path(sys.argv[1])
-told = json.loads((folder / "metadata.json").read_text())
+metadata = json.loads((folder / "metadata.json").read_text())
 
-backbone = resnet_fpn_backbone(backbone_name=told["architecture"], weights=None, trainable_layers=5)
-backbone.load_state_dict(torch.load(folder / told["files"]["torchvision_fpn"], weights_only=True))  # strict
+backbone = resnet_fpn_backbone(backbone_name=metadata["architecture"], weights=None, trainable_layers=5)
+backbone.load_state_dict(torch.load(folder / metadata["files"]["torchvision_fpn"], weights_only=True))  # strict
 detector = FasterRCNN(
     backbone,
     num_classes=3,  # the background, and two categories
     min_size=128,
-    image_mean=told["input"]["mean"],
-    image_std=told["input"]["std"],
+    image_mean=metadata["input"]["mean"],
+    image_std=metadata["input"]["std"],
 )
 
 torch.manual_seed(0)

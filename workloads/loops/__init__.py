@@ -1,1 +1,1 @@
-"""Loops: each reads top-down in the same order."""
+"""Training loops (pretrain, finetune) over shared steps, and discovery; `dispatch` chooses the loop of an experiment."""

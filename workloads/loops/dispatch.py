@@ -1,4 +1,4 @@
-"""Which loop an experiment runs: its `loop` key decides, here and nowhere else."""
+"""Chooses the loop of an experiment by its `loop` key: config, preflight, run and evaluation (`load_loop`, `run_loop`, …)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +45,7 @@ def load_loop(path: str | Path, overrides: Mapping[str, Any], *, loop: str | Non
     """An experiment file and dotted overrides as a run without Ray and MLflow.
 
     Args:
-        loop: the one that is expected.
+        loop: the loop that the file must be of; None: any.
 
     Raises:
         ConfigError: one sentence naming the key.
@@ -58,7 +58,7 @@ def load_loop(path: str | Path, overrides: Mapping[str, Any], *, loop: str | Non
 
 
 def preflight(settings: LoopConfig, world_size: int) -> Preflight:
-    """Check all of a request that can be checked without starting it.
+    """Check all of a request that can be checked before it starts.
 
     Raises:
         ConfigError, DataError: one sentence with the key or path.
@@ -71,7 +71,7 @@ def preflight(settings: LoopConfig, world_size: int) -> Preflight:
 
 
 def run_loop(settings: LoopConfig, runtime: Runtime) -> dict[str, float]:
-    """Run or continue what `settings` describe, as its own loop says."""
+    """Start or resume the run that `settings` describe."""
     match settings:
         case PretrainConfig():
             return pretrain(settings, runtime)

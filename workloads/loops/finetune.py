@@ -1,4 +1,4 @@
-"""Fine-tuning: a detector on a pretrained trunk, from the sample plan's next batch to an update, measured by COCO's AP."""
+"""Fine-tunes a detector on a pretrained trunk: `FinetuneConfig`, `finetune`, `load_detector`, `evaluate_detector`."""
 
 import dataclasses
 import hashlib
@@ -39,16 +39,16 @@ from workloads.types import ImageBatch
 
 @config
 class FinetuneConfig:
-    """A fine-tuning run: which detector is trained on what, from which trunk."""
+    """A fine-tuning run: the detector, its trunk, and the labelled images that it is trained on."""
 
     loop: Literal["finetune"] = "finetune"
     """Which loop runs."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "finetune"
-    """Name of the run: the same name and storage continue the same run."""
+    """Name of the run; the same name with the same storage resumes the same run."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, sample order, flips and sampled regions."""
     steps: Annotated[int, Field(ge=1)] = 90_000
-    """Updates in the whole run; COCO's 1x schedule is 90,000 of 16 images."""
+    """Number of updates; COCO's 1x schedule has 90,000 of 16 images."""
     global_batch_size: Annotated[int, Field(ge=1)] = 16
     """Images per update, over all workers."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -56,30 +56,30 @@ class FinetuneConfig:
     log_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two records of train/*."""
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between checkpoints; there is one at every evaluation, at the end, and when the run is told to stop, too."""
+    """Steps between checkpoints; there is also one at every evaluation, at a stop request and at the end; null: only these."""
     checkpoint_epochs: Annotated[int, Field(ge=1)] | None = 1
-    """Epochs between checkpoints; null: none at the end of an epoch."""
+    """Epochs between checkpoints; null: no checkpoint at the end of an epoch."""
     allow_local_statistics: bool = False
-    """Let BatchNorm see a worker's share only, which makes each number of workers another model."""
+    """Allow BatchNorm over each worker's share alone, by which each number of workers trains another model."""
     gradient_clip: PositiveFloat | None = None
-    """Largest norm of the gradient of all parameters; null: as it comes."""
+    """Largest norm of the gradient of all parameters; a longer one is scaled down to it; null: no clipping."""
     ledger: str | None = None
-    """Local folder in which each worker lists the images that it trained on, step by step; null: no list."""
+    """Local folder to which each worker writes the ids of the images of each step; null: none."""
     data: DataConfig
     boxes: str | None = None
-    """Parquet file (path or URI) of objects that take the place of the dataset's own: image_id, x0, y0, x1, y1, score,
-    category; half-open, in pixels of the upright source image."""
+    """Parquet file (path or URI) of objects that replace the dataset's own: image_id, x0, y0, x1, y1, score, category;
+    half-open, in pixels of the upright source image; null: the dataset's own."""
     masks: str | None = None
-    """COCO's panoptic json (path or URI), the PNGs beside it: its things take the place of the dataset's objects, and Mask
-    R-CNN learns their masks."""
+    """COCO's panoptic json (path or URI) with its PNGs beside it: its things replace the dataset's objects, and Mask R-CNN
+    learns their masks; null: boxes only."""
     class_agnostic: bool = False
-    """Whether all categories are one."""
+    """Train with all categories merged into one."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the images with objects that is trained on; a smaller fraction's images are among a larger one's."""
     fraction_seed: Annotated[int, Field(ge=0)] = 0
-    """Which images a fraction takes."""
+    """Seed of the choice of the fraction's images."""
     keep_empty: bool = False
-    """Whether images without an object are trained on, too."""
+    """Train on images without an object too."""
     trunk: ResNetTrunkConfig = RandomTrunkConfig()
     views: DetectionViewsConfig = DetectionViewsConfig()
     detector: DetectorConfig = DetectorConfig()
@@ -91,25 +91,25 @@ class FinetuneConfig:
         needed, given = self.views.long_side, self.data.decode_size
         if given is not None and given < needed:
             raise ConfigError(
-                f"data.decode_size: {given} is less than views.long_side={needed}, so images would be enlarged again; "
+                f"data.decode_size: {given} is less than views.long_side={needed}, so images would be shrunk and enlarged again; "
                 f"use at least {needed}, or null"
             )
         if self.boxes is not None and self.masks is not None:
-            raise ConfigError("boxes: cannot be given together with masks, which bring their own objects")
+            raise ConfigError("boxes: give either boxes or masks, which have objects of their own")
         if self.detector.kind == "mask_rcnn_fpn" and self.masks is None:
             raise ConfigError("masks: needed by detector.kind=mask_rcnn_fpn; give COCO's panoptic json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Labelled:
-    """A dataset with the objects that a run is trained on."""
+    """A dataset, the objects that a run is trained on, and its sample plan."""
 
     dataset: Dataset
     plan: SubsetPlan
     objects: dict[str, Objects]
     categories: tuple[str, ...]
     masks: PanopticMasks | None
-    sha256: str  # of the dataset, and of the boxes or masks from elsewhere
+    sha256: str  # of the dataset and, where given, of the file of boxes or masks
 
     @property
     def labels(self) -> dict[str, int]:
@@ -147,7 +147,7 @@ def _identity(dataset: Dataset, others: str | None) -> str:
 
 
 def preflight(settings: FinetuneConfig, world_size: int) -> Preflight:
-    """Check all of a request that can be checked without starting it.
+    """Check all of a request that can be checked before it starts: keys, datasets, objects, the trunk.
 
     Raises:
         ConfigError, DataError: one sentence with the key or path.
@@ -164,7 +164,7 @@ def preflight(settings: FinetuneConfig, world_size: int) -> Preflight:
     if world_size > 1 and local and not settings.allow_local_statistics:
         raise ConfigError(
             "detector.statistics: batch normalises over each worker's share, so another number of workers is another "
-            "model; use frozen or sync_batch, or say allow_local_statistics=true"
+            "model; use frozen or sync_batch, or set allow_local_statistics=true"
         )
     held_out = open_dataset(settings.evaluation.uri) if settings.evaluation.uri else None
     if held_out is not None and not any(len(o.boxes_xyxy) for o in read_objects(held_out).values()):
@@ -182,10 +182,10 @@ def preflight(settings: FinetuneConfig, world_size: int) -> Preflight:
 
 
 def build_detector(settings: FinetuneConfig, categories: tuple[str, ...]) -> Detector:
-    """The detector that `settings` describe, on its trunk; what is fresh comes from the global RNG.
+    """The detector that `settings` describe, on its trunk; its own layers are initialised from the run's seed.
 
     Raises:
-        ConfigError: there is no such trunk.
+        ConfigError: the trunk cannot be loaded.
     """
     trunk = load_resnet(settings.trunk)
     torch.manual_seed(stream(settings.seed, "detector"))  # the head is the same whatever the trunk took
@@ -196,27 +196,27 @@ def load_detector(checkpoint: str, *, device: torch.device | str = "cpu") -> tup
     """The detector of a fine-tuning run's checkpoint (folder or s3:// address), in eval mode, and the run's config.
 
     Raises:
-        CheckpointError: no checkpoint, or a damaged one.
+        CheckpointError: there is no checkpoint, or it is damaged.
     """
     filesystem, folder = resolve_uri(checkpoint)
-    found = read_checkpoint(folder, filesystem, device=device)
+    restored = read_checkpoint(folder, filesystem, device=device)
     settings = build(FinetuneConfig, parse_yaml(read_bytes(filesystem, f"{folder}/{CONFIG}").decode(), source=CONFIG))
-    state = found.state["model"]
-    made_of = state["_extra_state"]  # the trunk's own source need not be there any more
-    trunk = Trunk(build(BackboneConfig, made_of["backbone"]))
-    detector = Detector(settings.detector, trunk, tuple(made_of["categories"]))
+    state = restored.state["model"]
+    description = state["_extra_state"]  # the trunk's own source need not exist any more
+    trunk = Trunk(build(BackboneConfig, description["backbone"]))
+    detector = Detector(settings.detector, trunk, tuple(description["categories"]))
     detector.load_state_dict(state)
     return detector.to(device).eval(), settings
 
 
 def finetune(settings: FinetuneConfig, runtime: Runtime) -> dict[str, float]:
-    """Run or continue the run that `settings` describe; returns the last evaluation's figures and `train/loss`.
+    """Start or resume the run that `settings` describe; returns the last evaluation's figures and `train/loss`.
 
     Raises:
         ConfigError, DataError: the request cannot work.
         CheckpointError: the newest checkpoint belongs to another config or dataset, or is damaged.
         NonFiniteLossError: the loss is NaN or infinite.
-        RunStoppedError: the run was asked to stop.
+        RunStoppedError: the run was requested to stop.
     """
     labelled = _open(settings)
     torch.manual_seed(settings.seed)
@@ -234,7 +234,7 @@ def finetune(settings: FinetuneConfig, runtime: Runtime) -> dict[str, float]:
             labelled=objects,
             seed=settings.seed,
         )
-        # The regions that are sampled depend on the step and the rank alone: a run that continues draws the same.
+        # Sampled regions depend on the step and the rank alone: a resumed run draws the same.
         torch.manual_seed(stream(settings.seed, "regions", step, runtime.rank))
         return _update(model, optimizer, views, settings)
 
@@ -293,9 +293,9 @@ def evaluate_detector(checkpoint: str, *, settings: DetectionEvaluationConfig, r
     """Measure a fine-tuning run's checkpoint as `settings` say, and report it at its step.
 
     Raises:
-        CheckpointError: no checkpoint, or a damaged one.
-        ConfigError: no dataset is named.
-        DataError: no dataset there.
+        CheckpointError: there is no checkpoint, or it is damaged.
+        ConfigError: `settings` name no dataset.
+        DataError: there is no dataset at the address.
     """
     if settings.uri is None:
         raise ConfigError("evaluation.uri: name a dataset to evaluate on")

@@ -1,4 +1,4 @@
-"""Pretraining: from the sample plan's next batch to an update, with a report, a checkpoint and an evaluation now and then."""
+"""Runs a pretraining (`pretrain`) and checks its request (`preflight`); the steps themselves are in `steps`."""
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from workloads.types import ImageBatch
 
 
 def preflight(settings: PretrainConfig, world_size: int) -> Preflight:
-    """Check all of a request that can be checked without starting it.
+    """Check all of a request that can be checked before it starts: keys, datasets, checkpoints to start from.
 
     Raises:
         ConfigError, DataError: one sentence with the key or path.
@@ -39,7 +39,7 @@ def preflight(settings: PretrainConfig, world_size: int) -> Preflight:
     if world_size > 1 and settings.backbone.norm == "batch" and not settings.allow_local_statistics:
         raise ConfigError(
             "backbone.norm: batch normalises over each worker's share, so another number of workers is another model; "
-            "use group or sync_batch, or say allow_local_statistics=true"
+            "use group or sync_batch, or set allow_local_statistics=true"
         )
     check_measurable(settings)
     _check_queue(settings, dataset)
@@ -74,7 +74,7 @@ def _check_queue(settings: PretrainConfig, dataset: Dataset) -> None:
     if settings.objective.queue_size > most:
         raise ConfigError(
             f"objective.queue_size: {settings.objective.queue_size} keys are more than a quarter of the {dataset.num_images} "
-            f"images, which would be their own negatives; at most {most} here"
+            f"images, so that images would be their own negatives; use at most {most}"
         )
 
 
@@ -91,13 +91,13 @@ def _open(settings: PretrainConfig) -> tuple[Dataset, SamplePlan]:
 
 
 def pretrain(settings: PretrainConfig, runtime: Runtime) -> dict[str, float]:
-    """Run or continue the run that `settings` describe; returns the last evaluation's figures and `train/loss`.
+    """Start or resume the run that `settings` describe; returns the last evaluation's figures and `train/loss`.
 
     Raises:
         ConfigError, DataError: the request cannot work.
         CheckpointError: the newest checkpoint belongs to another config or dataset, or is damaged.
         NonFiniteLossError: the loss is NaN or infinite.
-        RunStoppedError: the run was asked to stop.
+        RunStoppedError: the run was requested to stop.
     """
     dataset, plan = _open(settings)
     torch.manual_seed(settings.seed)

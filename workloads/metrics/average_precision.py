@@ -1,4 +1,4 @@
-"""Average precision by COCO's conventions, computed by pycocotools: AP over IoU .50:.95, AP50, AP75, AP by size, AR.
+"""Computes average precision by COCO's conventions with pycocotools (`average_precision`): AP over IoU .50:.95, AP50, AP75, …
 
 At most 100 detections an image count; a crowd region takes any number of detections and asks for none, as does a difficult
 object, which takes one. Sizes are those of the boxes (of the masks, for masks): shards keep no segmentation's area.
@@ -32,7 +32,7 @@ FIGURES = (
     "ar_medium",
     "ar_large",
 )
-"""pycocotools' twelve, in its order; a figure that no object asks for is NaN."""
+"""pycocotools' twelve figures, in its order; NaN where there is no object of the size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class DetectionTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """The objects that detections are held against."""
+    """The objects that detections are compared with."""
 
     objects: Sequence[Objects]  # of each image, in the dataset's order
     labels: Mapping[str, int]  # category → label
@@ -94,15 +94,15 @@ def evaluate_with_pycocotools(table: DetectionTable, truth: Truth) -> Any:
                 for item in objects:
                     item["ignore"] = int(item["ignore"] or item["difficult"])
 
-    made, found = COCO(), COCO()
+    true, detected = COCO(), COCO()
     images = [{"id": i, "height": item.size_hw[0], "width": item.size_hw[1]} for i, item in enumerate(truth.objects)]
     categories = [{"id": label, "name": name} for name, label in truth.labels.items()]
-    made.dataset = {"images": images, "categories": categories, "annotations": _true_rows(truth)}
-    found.dataset = {"images": images, "categories": categories, "annotations": _found_rows(table, truth)}
+    true.dataset = {"images": images, "categories": categories, "annotations": _true_rows(truth)}
+    detected.dataset = {"images": images, "categories": categories, "annotations": _detected_rows(table, truth)}
     with contextlib.redirect_stdout(io.StringIO()):
-        made.createIndex()
-        found.createIndex()
-        evaluation = Evaluation(made, found, "bbox" if table.masks is None else "segm")
+        true.createIndex()
+        detected.createIndex()
+        evaluation = Evaluation(true, detected, "bbox" if table.masks is None else "segm")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -129,7 +129,7 @@ def _true_rows(truth: Truth) -> list[dict[str, Any]]:
     return rows
 
 
-def _found_rows(table: DetectionTable, truth: Truth) -> list[dict[str, Any]]:
+def _detected_rows(table: DetectionTable, truth: Truth) -> list[dict[str, Any]]:
     xywh = np.concatenate([table.boxes_xyxy[:, :2], table.boxes_xyxy[:, 2:] - table.boxes_xyxy[:, :2]], axis=1)
     columns = zip(table.image.tolist(), table.labels.tolist(), xywh.tolist(), table.scores.tolist(), strict=True)
     rows = []

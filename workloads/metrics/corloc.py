@@ -68,12 +68,12 @@ def _upright(boxes: np.ndarray) -> np.ndarray:
 
 
 def corloc_hits(
-    found: Mapping[str, np.ndarray], truth: Mapping[str, Annotations], settings: CorLocConfig | None = None
+    boxes: Mapping[str, np.ndarray], truth: Mapping[str, Annotations], settings: CorLocConfig | None = None
 ) -> Hits:
     """Compare each image's box with its objects.
 
     Args:
-        found: image id → box, float64 (4,).
+        boxes: image id → box, float64 (4,).
         truth: image id → annotations, of every image that was searched.
     """
     settings = settings or CorLocConfig()
@@ -83,7 +83,7 @@ def corloc_hits(
         if not len(objects):
             continue
         ids.append(image_id)
-        box = found.get(image_id)
+        box = boxes.get(image_id)
         best.append(0.0 if box is None else float(iou_of(box[None], objects).max()))
     return Hits(
         image_ids=tuple(ids),

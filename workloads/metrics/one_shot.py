@@ -29,7 +29,7 @@ from workloads.metrics.grid_accuracy import MEAN_MAP, GridModel, colour_maps, wi
 from workloads.models.backbone import Stage, Trunk, imagenet_normalized
 from workloads.types import FeaturePyramid, ImageBatch
 
-_CANDIDATES = 4  # peaks looked at for each that is kept
+_CANDIDATES = 4  # peaks examined for each box that is returned
 
 
 @config

@@ -95,8 +95,8 @@ def choose_split(
             left[image] = label
     if test is not None:
         left = {image: number[label] for image, label in test.items() if label in number}
-    kept = _shuffled(left, settings, "test")[: settings.test_limit]
-    return Split(classes=classes, train=chosen, test={image: left[image] for image in kept})
+    drawn = _shuffled(left, settings, "test")[: settings.test_limit]
+    return Split(classes=classes, train=chosen, test={image: left[image] for image in drawn})
 
 
 def _shuffled(images: Iterable[str], settings: RepresentationConfig, use: str) -> list[str]:

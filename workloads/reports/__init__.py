@@ -1,1 +1,1 @@
-"""Pictures and tables for people."""
+"""Figures for people: heatmaps, detections, discoveries, retrieval galleries, region overlays, sweeps, comparisons."""

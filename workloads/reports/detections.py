@@ -1,4 +1,4 @@
-"""The picture of a detection evaluation: what was asked for, and what was found."""
+"""Draws a detection evaluation (`draw_detections`): objects on the left, detections on the right."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from workloads.types import Detections
 
 _PANEL, _GAP, _TITLE, _HEADER, _LABEL = 320, 12, 36, 24, 13
 _BACKGROUND, _INK = (255, 255, 255), (33, 37, 41)
-# Okabe and Ito's colours: told apart without colour vision; a category keeps its own in both columns.
+# Okabe and Ito's colours, which differ without colour vision too; a category has the same in both columns.
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
 
@@ -26,7 +26,7 @@ def draw_detections(
     """Write a PNG with one row an image: its objects on the left, its `most` best detections on the right.
 
     Args:
-        shown: of each image, its pixels uint8 (h, w, 3), perhaps smaller than the source, what was found, and its objects.
+        shown: (pixels uint8 (h, w, 3), detections, objects) of each image; the pixels may be smaller than the source.
         names: label → category.
     """
     labels = {name: label for label, name in names.items()}
@@ -34,10 +34,10 @@ def draw_detections(
     canvas = Image.new("RGB", (3 * _GAP + 2 * _PANEL, _TITLE + _HEADER + sum(h + _GAP for h in heights)), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.text((_GAP, 9), title, fill=_INK, font=ImageFont.load_default(16))
-    for column, text in enumerate(("objects", f"found, at most {most}")):
+    for column, text in enumerate(("objects", f"detections, at most {most}")):
         draw.text((_GAP + column * (_PANEL + _GAP), _TITLE), text, fill=_INK, font=ImageFont.load_default(14))
     top = _TITLE + _HEADER
-    for (image, found, objects), height in zip(shown, heights, strict=True):
+    for (image, detections, objects), height in zip(shown, heights, strict=True):
         scale = _PANEL / objects.size_hw[1]
         true = [
             (box * scale, labels.get(name, 0), name)
@@ -46,9 +46,9 @@ def draw_detections(
         best = [
             (box * scale, int(label), f"{names.get(int(label), '?')} {score:.2f}")
             for box, label, score in zip(
-                found.boxes_xyxy[:most].cpu().numpy(),
-                found.labels[:most].tolist(),
-                found.scores[:most].tolist(),
+                detections.boxes_xyxy[:most].cpu().numpy(),
+                detections.labels[:most].tolist(),
+                detections.scores[:most].tolist(),
                 strict=True,
             )
         ]

@@ -1,4 +1,4 @@
-"""Pictures of a discovery: boxes over images, one colour a method, and the crops of each cluster."""
+"""Draws a discovery: boxes over images, one colour a method (`draw_discoveries`), and crops of each cluster (`draw_clusters`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from PIL import Image, ImageDraw, ImageFont
 _SIDE, _GAP, _TITLE, _LINE = 240, 12, 34, 16
 _BACKGROUND, _INK, _MUTED = (255, 255, 255), (33, 37, 41), (108, 117, 125)
 _HIT, _MISS = (31, 138, 76), (200, 48, 48)
-# Okabe and Ito's colours, which can be told apart without colour vision; in the order of the methods.
+# Okabe and Ito's colours, which differ without colour vision too; in the order of the methods.
 _COLOURS = ((230, 159, 0), (86, 180, 233), (204, 121, 167), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0))
 _CROP, _COLUMNS = 88, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One image and what was found in it."""
+    """One image with its objects and boxes."""
 
     pixels: np.ndarray  # uint8 (h, w, 3)
     title: str
-    objects: np.ndarray  # float (n, 4): what is known, xyxy in pixels of `pixels`
+    objects: np.ndarray  # float (n, 4): known objects, xyxy in pixels of `pixels`
     boxes: Mapping[str, np.ndarray]  # method → box (4,)
     iou: Mapping[str, float]  # method → IoU with the best object; nothing where no object is known
 

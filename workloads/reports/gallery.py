@@ -1,4 +1,4 @@
-"""The picture of a retrieval: a query, and the regions of other images that are most similar to it."""
+"""Draws a retrieval gallery (`draw_gallery`): queries, and the regions of other images that are most similar to them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from workloads.metrics.one_shot import Query
 from workloads.metrics.retrieval import Region
 
 _PANEL, _GAP, _TITLE, _CAPTION = 144, 10, 36, 22
-_CONTEXT = 1.6  # how much more than the region is shown around it
+_CONTEXT = 1.6  # side of the shown square, as a multiple of the region's longer side
 _BACKGROUND, _INK, _QUERY = (255, 255, 255), (33, 37, 41), (0, 114, 178)
 _SAME, _OTHER = (31, 138, 76), (200, 48, 48)
 
@@ -21,7 +21,7 @@ def draw_gallery(
     """Write a PNG with one row a query: the query, then its regions, framed by whether they are of its category.
 
     Args:
-        images: place → pixels uint8 (h, w, 3), at the source resolution.
+        images: image number → pixels uint8 (h, w, 3), at the source resolution.
     """
     columns = 1 + max((len(regions) for _, regions in rows), default=0)
     width, height = _GAP + columns * (_PANEL + _GAP), _TITLE + len(rows) * (_PANEL + _CAPTION + _GAP)
@@ -50,13 +50,13 @@ def draw_gallery(
 
 
 def _panel(pixels: np.ndarray, box: tuple[float, float, float, float], colour: tuple[int, int, int]) -> Image.Image:
-    """A square of the image around the region, its frame drawn; what lies outside the image is white."""
+    """A square of the image around the region, with its frame; white outside the image."""
     x0, y0, x1, y1 = box
     side = _CONTEXT * max(x1 - x0, y1 - y0, 8)
     left, top = (x0 + x1 - side) / 2, (y0 + y1 - side) / 2
-    whole = Image.new("RGB", (pixels.shape[1] + 2, pixels.shape[0] + 2), _BACKGROUND)
-    whole.paste(Image.fromarray(pixels), (1, 1))
-    panel = whole.transform(
+    padded = Image.new("RGB", (pixels.shape[1] + 2, pixels.shape[0] + 2), _BACKGROUND)
+    padded.paste(Image.fromarray(pixels), (1, 1))
+    panel = padded.transform(
         (_PANEL, _PANEL),
         Image.Transform.EXTENT,
         (left + 1, top + 1, left + side + 1, top + side + 1),

@@ -1,4 +1,4 @@
-"""The picture of a grid-accuracy evaluation: query, image, and where each pyramid level believes the query came from."""
+"""Draws a grid-accuracy evaluation (`draw_heatmaps`): query, image, and the similarity map of each pyramid level."""
 
 from pathlib import Path
 

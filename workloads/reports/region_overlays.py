@@ -1,4 +1,4 @@
-"""The picture of a dataset's region masks: each image, and beside it the same with its regions coloured and outlined."""
+"""Draws region masks (`draw_region_overlays`): each image, and beside it the same with its regions coloured and outlined."""
 
 from pathlib import Path
 
@@ -32,8 +32,8 @@ def draw_region_overlays(rows: list[tuple[str, np.ndarray, dict[str, np.ndarray 
                 draw.text((left, top + 4), "no mask", fill=(90, 90, 90), font=ImageFont.load_default(12))
                 continue
             canvas.paste(_panel(_overlay(pixels, ids)), (left, top))
-            told = f"{len(np.unique(ids[ids > 0]))} regions"
-            draw.text((left, top + _PANEL + 4), told, fill=(90, 90, 90), font=ImageFont.load_default(11))
+            caption = f"{len(np.unique(ids[ids > 0]))} regions"
+            draw.text((left, top + _PANEL + 4), caption, fill=(90, 90, 90), font=ImageFont.load_default(11))
     target.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(target, optimize=True)
 

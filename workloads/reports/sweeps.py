@@ -1,4 +1,4 @@
-"""Figures of a sweep: how points and scores lie together, and what each knob did."""
+"""Draws a sweep: points as lines over parallel axes coloured by score, and the score over each parameter."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ ScoredPoint = tuple[Mapping[str, Any], float]
 
 
 class _Axis:
-    """Places of one knob's values between 0 and 1."""
+    """Positions of one parameter's values between 0 and 1."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         known = [value for value in values if value is not None]
@@ -29,12 +29,12 @@ class _Axis:
         self.is_log = self.is_numeric and distinct[0] > 0 and distinct[-1] / distinct[0] >= _LOG_RANGE
 
     def place(self, value: Any) -> float:
-        """Where `value` stands; NaN for a key that is no part of the point."""
+        """Position of `value`; NaN for a key that the point does not have."""
         if value is None:
             return float("nan")
         if not self.is_numeric:
-            found = self._distinct.index(value if value in self._distinct else _text(value))
-            return found / max(1, len(self._distinct) - 1) if len(self._distinct) > 1 else 0.5
+            index = self._distinct.index(value if value in self._distinct else _text(value))
+            return index / max(1, len(self._distinct) - 1) if len(self._distinct) > 1 else 0.5
         low, high = self._scaled(self._distinct[0]), self._scaled(self._distinct[-1])
         return (self._scaled(value) - low) / (high - low)
 

@@ -1,1 +1,1 @@
-"""The pretraining config, and what is built from it."""
+"""The pretraining config, and the factory and loaders that build models, views and optimisers from it."""

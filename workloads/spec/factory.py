@@ -15,7 +15,7 @@ AnyObjective: TypeAlias = AnchorNTXent | NTXent | DetCon | DetCo
 
 
 def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> AnyObjective:
-    """The objective with its networks, freshly initialised from the global RNG.
+    """The objective with its networks, initialised from the global RNG.
 
     Args:
         seed: of the draws inside the objective; the run's own by default.
@@ -30,7 +30,7 @@ def build_objective(settings: PretrainConfig, *, seed: int | None = None) -> Any
             return DetCon(objective, settings.backbone, seed=seed)
         case DetCoConfig() as objective, PairViewsConfig(patches=patches) if patches is not None:
             return DetCo(objective, settings.backbone, patches=patches.grid**2)
-    raise AssertionError("refused when the configuration was made")
+    raise AssertionError("PretrainConfig refuses other combinations")
 
 
 def render_views(batch: ImageBatch, settings: PretrainConfig) -> Views | PairViews:

@@ -17,7 +17,7 @@ def load_initial_weights(objective: torch.nn.Module, uri: str, *, device: torch.
     """Start `objective` from the networks of the checkpoint at `uri`.
 
     Raises:
-        ConfigError: no checkpoint there, a damaged one, or one of other networks.
+        ConfigError: there is no checkpoint, it is damaged, or it is of other networks.
     """
     try:
         filesystem, folder = resolve_uri(uri)
@@ -36,7 +36,7 @@ def load_model(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple
     """The networks of a checkpoint, in eval mode, and the run's config.
 
     Raises:
-        CheckpointError: no checkpoint, or a damaged one.
+        CheckpointError: there is no checkpoint, or it is damaged.
     """
     settings = build(PretrainConfig, read_yaml(checkpoint / CONFIG))
     model = build_objective(settings).to(device)
@@ -48,7 +48,7 @@ def load_initial_trunk(objective: AnyObjective, uri: str, *, device: torch.devic
     """Start `objective`'s trunk from that of the checkpoint at `uri`.
 
     Raises:
-        ConfigError: no checkpoint there, a damaged one, or one of another trunk.
+        ConfigError: there is no checkpoint, it is damaged, or it is of another trunk.
     """
     try:
         objective.trunk.load_state_dict(load_trunk(uri, device=device).state_dict())

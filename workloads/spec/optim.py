@@ -74,14 +74,14 @@ class ScheduleConfig:
 
 @config
 class DropScheduleConfig:
-    """Learning rate over the run as detectors are trained: a linear warm-up, then constant but for a few drops."""
+    """Learning rate over the run, as usual for detectors: linear warm-up, then constant with a few drops."""
 
     warmup: BelowOne = 0.05
     """Share of the steps over which the rate rises linearly from 0."""
     drops: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (2 / 3, 8 / 9)
     """Shares of the steps at which the rate is multiplied by `factor`; COCO's schedules drop at 60,000 and 80,000 of 90,000."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """What a drop multiplies the rate by."""
+    """Factor by which a drop multiplies the rate."""
 
 
 def dropped_rate_at(step: int, steps: int, schedule: DropScheduleConfig) -> float:

@@ -1,11 +1,10 @@
-"""What a run is: the sections of an experiment file, and the one place where a `kind` becomes an object."""
+"""Defines `PretrainConfig`, the sections of a pretraining experiment file, and checks that they fit together."""
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from workloads.config import apply_overrides, build, config, read_yaml
+from workloads.config import config
 from workloads.data.loading.pipeline import DataConfig
 from workloads.data.views.crops import ViewsConfig
 from workloads.data.views.pairs import PairViewsConfig
@@ -20,28 +19,28 @@ from workloads.objectives.ntxent import NTXentConfig
 from workloads.spec.optim import AdamWConfig, OptimizerConfig, ScheduleConfig
 
 ORCHESTRATOR_SECTIONS = ("scaling", "tracking", "storage", "failure", "sweep")
-"""Sections of an experiment file that say where it runs, not what; a run without Ray and MLflow skips them."""
+"""Sections of an experiment file about where it runs; `python -m workloads` ignores them."""
 
 
 @config
 class EvaluationConfig:
-    """What is measured on held-out images, and when."""
+    """Evaluations on held-out images: datasets, times and protocols."""
 
     uri: str | None = None
-    """Dataset of held-out images, a folder or s3:// address with a manifest.json; null: no evaluation."""
+    """Dataset of held-out images for grid accuracy, a folder or s3:// address with a manifest.json; null: not measured."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps between evaluations during training; null: none but at the start and at the end."""
+    """Steps between evaluations during training; null: only at the start and at the end."""
     at_start: bool = True
-    """Whether the untrained model is measured, at step 0."""
+    """Evaluate the untrained model too, at step 0."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Images per evaluation batch of one worker; changes speed and memory, not figures."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Evaluate only this many images, the first in the dataset's order."""
+    """Evaluate only this many images, the first in the dataset's order; null: all."""
     heatmaps: Annotated[int, Field(ge=0)] = 6
-    """Images shown in each heatmap figure; 0 for none."""
+    """Images drawn in each heatmap figure; 0: no figure."""
     protocol: GridAccuracyConfig = GridAccuracyConfig()
     representation: RepresentationConfig | None = None
-    """What nearest neighbours and a linear probe make of the trunk's features; null: not measured."""
+    """Classification by the trunk's frozen features (nearest neighbours, linear probe); null: not measured."""
 
 
 @config
@@ -51,11 +50,11 @@ class PretrainConfig:
     loop: Literal["pretrain"] = "pretrain"
     """Which loop runs."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "pretrain"
-    """Name of the run: the same name and storage continue the same run."""
+    """Name of the run; the same name with the same storage resumes the same run."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, sample order and views."""
     steps: Annotated[int, Field(ge=1)] = 1000
-    """Updates in the whole run."""
+    """Number of updates."""
     global_batch_size: Annotated[int, Field(ge=2)] = 64
     """Images per update, over all workers."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -65,20 +64,20 @@ class PretrainConfig:
     log_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two records of train/*."""
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between checkpoints; there is one at every evaluation, at the end, and when the run is told to stop, too."""
+    """Steps between checkpoints; there is also one at every evaluation, at a stop request and at the end; null: only these."""
     checkpoint_epochs: Annotated[int, Field(ge=1)] | None = 1
-    """Epochs between checkpoints; null: none at the end of an epoch."""
+    """Epochs between checkpoints; null: no checkpoint at the end of an epoch."""
     init_from: str | None = None
-    """Folder or s3:// address of a checkpoint whose networks this run starts from; nothing else of it is continued."""
+    """Folder or s3:// address of a checkpoint whose weights this run starts from, at step 0; null: random weights."""
     trunk_from: str | None = None
-    """Folder or s3:// address of a checkpoint, of any objective, whose trunk this run starts from; the rest starts afresh."""
+    """Folder or s3:// address of a checkpoint, of any objective, whose trunk this run starts from; null: a random trunk."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Images of a worker that have a graph in memory at a time (gradient caching: the same loss and gradients, a forward
-    pass more); null: the worker's whole share. Needs backbone.norm=group."""
+    """Images of a worker whose graph is in memory at a time (gradient caching: the same loss and gradients for one more
+    forward pass); null: all of the worker's share. Needs backbone.norm=group."""
     allow_local_statistics: bool = False
-    """Let BatchNorm see a worker's share or a micro-batch only, which makes each number of workers another model."""
+    """Allow BatchNorm over each worker's share or micro-batch alone, by which each number of workers trains another model."""
     ledger: str | None = None
-    """Local folder in which each worker lists the images that it trained on, step by step; null: no list."""
+    """Local folder to which each worker writes the ids of the images of each step; null: none."""
     data: DataConfig
     views: Annotated[ViewsConfig | PairViewsConfig, Field(discriminator="kind")] = ViewsConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -94,17 +93,19 @@ class PretrainConfig:
             raise ConfigError("backbone.weights: ImageNet weights come with backbone.norm=batch only")
         self._check_objective()
         if self.init_from is not None and self.trunk_from is not None:
-            raise ConfigError("trunk_from: init_from brings the trunk too; give one of them")
+            raise ConfigError("trunk_from: give either trunk_from or init_from, which sets the trunk too")
         if self.micro_batch_size is not None and self.backbone.norm == "sync_batch":
-            raise ConfigError("micro_batch_size: sync_batch needs the whole batch at once; use backbone.norm=group")
+            raise ConfigError(
+                "micro_batch_size: sync_batch normalises over all of the batch at once; use backbone.norm=group"
+            )
         if self.micro_batch_size is not None and self.backbone.norm == "batch" and not self.allow_local_statistics:
             raise ConfigError(
                 "micro_batch_size: batch would normalise over each micro-batch, which is another model; "
-                "use backbone.norm=group, or say allow_local_statistics=true"
+                "use backbone.norm=group, or set allow_local_statistics=true"
             )
 
     def _check_objective(self) -> None:
-        """See that views and backbone are such as the objective can use."""
+        """Check that views and backbone fit the objective."""
         objective, views = self.objective, self.views
         wanted = "crops" if isinstance(objective, AnchorNTXentConfig) else "pair"
         if views.kind != wanted:
@@ -133,13 +134,3 @@ class PretrainConfig:
                     f"objective.queue_size: {objective.queue_size} is no multiple of global_batch_size="
                     f"{self.global_batch_size}"
                 )
-
-
-def load_pretrain(path: str | Path, overrides: dict[str, Any]) -> PretrainConfig:
-    """An experiment file and dotted overrides as a run without Ray and MLflow.
-
-    Raises:
-        ConfigError: one sentence naming the key.
-    """
-    data = {key: value for key, value in read_yaml(path).items() if key not in ORCHESTRATOR_SECTIONS}
-    return build(PretrainConfig, apply_overrides(data, overrides))
