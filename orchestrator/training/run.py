@@ -64,9 +64,9 @@ def train(
         TrainingError: the run failed.
     """
     with watch.phase("preflight"):
+        uri = tracking_uri(experiment)  # before the lock, for which an object store must answer
         refuse_if_held(experiment)
         datasets = check_request(experiment)
-        uri = tracking_uri(experiment)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(hold_run(experiment))
         run = claim_run(experiment, manifest_sha256=datasets[0].sha256)
