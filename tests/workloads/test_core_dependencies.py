@@ -25,8 +25,9 @@ class Without(PathFinder):
         return None if name.partition(".")[0] in refused else super().find_spec(name, path, target)
 
 sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
-import workloads
+import workloads.__main__
 
+early = "torch" in sys.modules
 failed = {}
 for module in pkgutil.walk_packages(workloads.__path__, "workloads."):
     if module.name.startswith("workloads.examples."):  # scripts for the reader, which begin to work when they are imported
@@ -35,7 +36,7 @@ for module in pkgutil.walk_packages(workloads.__path__, "workloads."):
         importlib.import_module(module.name)
     except ImportError as error:
         failed[module.name] = str(error)
-print(json.dumps({"failed": failed, "imported": [name for name in sys.modules if name.startswith("workloads.")]}))
+print(json.dumps({"early": early, "failed": failed, "imported": [name for name in sys.modules if name.startswith("workloads.")]}))
 '''
 
 
@@ -72,4 +73,5 @@ def test_every_module_imports_with_the_core_dependencies_alone():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["failed"] == {}
+    assert not result["early"]  # a wrong command line of `python -m workloads` does not wait for torch
     assert "workloads.loops.pretrain" in result["imported"] and "workloads.__main__" in result["imported"]

@@ -59,6 +59,12 @@ def test_what_needs_no_library_is_answered_without_importing_one(tmp_path: Path)
         assert code == 2 and not {"ray", "mlflow", "pandas"} & set(imported)
 
 
+def test_a_refused_request_ends_the_process_with_its_sentence_and_code() -> None:
+    done = subprocess.run([sys.executable, "-m", "orchestrator", "promote"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: give a run or a sweep to promote, or --rollback --model NAME\n"
+
+
 def every_command() -> list[list[str]]:
     return [[], *(path.split() for path, _ in commands_of(typer.main.get_command(app)))]
 
