@@ -99,9 +99,9 @@ def run_steps(training: Training, settings: StepsConfig, runtime: Runtime) -> di
         RunStoppedError: the run was requested to stop.
     """
     restored = _resume(runtime, training)
-    if runtime.rank == 0:
-        runtime.check_space(checkpoint_bytes(training.model, training.optimizer))
     step = restored.meta.step if restored is not None else 0
+    if runtime.rank == 0 and step < settings.steps:
+        runtime.check_space(checkpoint_bytes(training.model, training.optimizer))
     batches = training.loader.iterate(start_step=step)
     meter = Meter(training.loader, remedy=training.remedy)
     ledger = Ledger(settings.ledger, rank=runtime.rank, world_size=runtime.world_size) if settings.ledger else None

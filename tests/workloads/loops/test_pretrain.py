@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +256,16 @@ def test_what_cannot_work_is_said_before_anything_starts(uri, overrides, error, 
     with pytest.raises(error, match=sentence):
         held_out = [] if "evaluation.uri=nowhere" in overrides else [f"evaluation.uri={uri}"]
         preflight(settings_of(uri, *held_out, *overrides), 1)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, free=1 << 20))
+    with (
+        LocalRuntime(tmp_path) as runtime,
+        pytest.raises(ConfigError, match=r"the disk has 1\.0 MiB free, a checkpoint"),
+    ):
+        pretrain(settings_of(uri), runtime)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_more_workers_than_lanes_are_refused(uri):
