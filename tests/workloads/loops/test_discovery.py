@@ -1,7 +1,11 @@
 """Discovery over a dataset: every image once, the same whatever the parts, files for a detector, figures, a detector's boxes."""
 
+import contextlib
+import io
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -251,3 +255,33 @@ def test_weights_that_do_not_load_are_refused_before_work_starts(coco: dict[str,
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
     with pytest.raises(ConfigError, match=r"weights: .*weights\.pth holds another model"):
         prepare(settings_of(coco["val"], f"trunk.vit.weights={tmp_path / 'weights.pth'}"), str(tmp_path / "x"))
+
+
+class _EndsAtTheFirstPart(io.StringIO):
+    """A terminal that sends SIGTERM to the process when the first part is shown as done."""
+
+    def write(self, text: str) -> int:
+        if text.startswith("step 10/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
+def test_sigterm_ends_the_command_and_the_same_command_continues(
+    coco: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    command = [
+        "discover",
+        f"uri={coco['val']}",
+        "methods=[centre]",
+        "gallery=0",
+        "part_size=4",
+        "--output",
+        str(output),
+    ]
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stdout(_EndsAtTheFirstPart()):
+        assert main(command) == 1 and "stopped on request" in caplog.text
+    assert len(list(output.glob("_parts/*/part-*.parquet"))) == 1 and signal.getsignal(signal.SIGTERM) == before
+    assert main(command) == 0
+    assert json.loads((output / "figures.json").read_text())["figures"]["discover/images"] == 16
