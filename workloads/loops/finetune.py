@@ -56,7 +56,7 @@ class FinetuneConfig:
     log_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two records of train/*."""
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between checkpoints; there is also one at every evaluation, at a stop request and at the end; null: only these."""
+    """Steps between checkpoints, beside those at every evaluation, at a stop request and at the end; null: none by steps."""
     checkpoint_epochs: Annotated[int, Field(ge=1)] | None = 1
     """Epochs between checkpoints; null: no checkpoint at the end of an epoch."""
     allow_local_statistics: bool = False

@@ -64,13 +64,13 @@ class PretrainConfig:
     log_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two records of train/*."""
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between checkpoints; there is also one at every evaluation, at a stop request and at the end; null: only these."""
+    """Steps between checkpoints, beside those at every evaluation, at a stop request and at the end; null: none by steps."""
     checkpoint_epochs: Annotated[int, Field(ge=1)] | None = 1
     """Epochs between checkpoints; null: no checkpoint at the end of an epoch."""
     init_from: str | None = None
-    """Folder or s3:// address of a checkpoint whose weights this run starts from, at step 0; null: random weights."""
+    """Folder or s3:// address of a checkpoint whose weights this run starts from, at step 0; null: none."""
     trunk_from: str | None = None
-    """Folder or s3:// address of a checkpoint, of any objective, whose trunk this run starts from; null: a random trunk."""
+    """Folder or s3:// address of a checkpoint, of any objective, whose trunk this run starts from; null: none."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Images of a worker whose graph is in memory at a time (gradient caching: the same loss and gradients for one more
     forward pass); null: all of the worker's share. Needs backbone.norm=group."""

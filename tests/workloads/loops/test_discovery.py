@@ -142,7 +142,7 @@ def test_a_finished_output_is_kept_and_another_request_refused(coco: dict[str, s
     assert main([*command, "centre.side=0.5"]) == 2
 
 
-def test_images_that_do_not_decode_are_told(tmp_path: Path) -> None:
+def test_images_that_do_not_decode_are_recorded(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(3):

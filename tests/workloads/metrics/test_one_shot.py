@@ -200,7 +200,7 @@ def test_the_most_similar_regions_lie_on_the_querys_category(coco, tmp_path):
     assert Image.open(tmp_path / "gallery.png").size[0] > 5 * 144
 
 
-def test_the_command_measures_a_checkpoint_beside_what_learns_nothing(coco, tmp_path, caplog):
+def test_the_command_measures_a_checkpoint_beside_its_baselines(coco, tmp_path, caplog):
     import json
 
     from workloads.__main__ import main
