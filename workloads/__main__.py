@@ -7,8 +7,7 @@ torch is imported inside the commands, so that a wrong command line is answered 
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +87,7 @@ def _train(options: Options, overrides: Overrides) -> None:
     from workloads.loops.dispatch import load_loop, preflight, run_loop
 
     settings = load_loop(options.experiment, overrides, loop="pretrain" if options.command == "train" else "finetune")
-    with _runtime(options.output) as runtime:
+    with _runtime(options.output, interruptible=False) as runtime:
         preflight(settings, runtime.world_size)
         try:
             run_loop(settings, runtime)
@@ -160,15 +159,11 @@ def _keys(options: Options, overrides: Overrides) -> None:
         sys.stdout.write(f"{key}  [{default}]\n    {help_text}\n")
 
 
-@contextmanager
-def _runtime(output: Path) -> "Iterator[LocalRuntime]":
+def _runtime(output: Path, *, interruptible: bool = True) -> "LocalRuntime":
+    """A runtime that prints to the terminal; without `interruptible`, SIGTERM asks for a checkpoint before the end."""
     from workloads.parallel.runtime import LocalRuntime
 
-    runtime = LocalRuntime(output, stream=sys.stdout)
-    try:
-        yield runtime
-    finally:
-        runtime.close()
+    return LocalRuntime(output, stream=sys.stdout, interruptible=interruptible)
 
 
 def _config_of(checkpoint: Path) -> Path:
