@@ -29,7 +29,13 @@ from workloads.evaluation.detection import DetectionEvaluation, DetectionEvaluat
 from workloads.loops.steps import Preflight, Training, run_steps
 from workloads.models.backbone import BackboneConfig, Trunk
 from workloads.models.detector import Detector, DetectorConfig
-from workloads.models.trunks import RandomTrunkConfig, ResNetTrunkConfig, load_resnet
+from workloads.models.trunks import (
+    CheckpointTrunkConfig,
+    RandomTrunkConfig,
+    ResNetTrunkConfig,
+    load_pyramid,
+    load_resnet,
+)
 from workloads.parallel.runtime import Runtime
 from workloads.spec.optim import DropScheduleConfig, OptimizerConfig, SGDConfig, dropped_rate_at, make_optimizer
 from workloads.storage.checkpoint import CONFIG, CheckpointMeta, read_checkpoint, read_meta
@@ -158,7 +164,7 @@ def preflight(settings: FinetuneConfig, world_size: int) -> Preflight:
             f"scaling.num_workers: {world_size} workers are more than the {labelled.plan.lanes} lanes of the sample plan; "
             "use fewer workers, or a larger data.lanes (a divisor of global_batch_size)"
         )
-    trunk = load_resnet(settings.trunk)
+    trunk = build_detector(settings, labelled.categories).network.backbone.trunk
     has_batch_norm = any(type(module) is nn.BatchNorm2d for module in trunk.modules())
     local = has_batch_norm and settings.detector.statistics == "batch"
     if world_size > 1 and local and not settings.allow_local_statistics:
@@ -189,7 +195,10 @@ def build_detector(settings: FinetuneConfig, categories: tuple[str, ...]) -> Det
     """
     trunk = load_resnet(settings.trunk)
     torch.manual_seed(stream(settings.seed, "detector"))  # the head is the same whatever the trunk took
-    return Detector(settings.detector, trunk, categories)
+    detector = Detector(settings.detector, trunk, categories)
+    if isinstance(settings.trunk, CheckpointTrunkConfig) and settings.trunk.pyramid:
+        detector.load_pyramid(load_pyramid(settings.trunk.uri))
+    return detector
 
 
 def load_detector(checkpoint: str, *, device: torch.device | str = "cpu") -> tuple[Detector, FinetuneConfig]:

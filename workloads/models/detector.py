@@ -4,6 +4,7 @@ Their own transform, which works image by image, is not used: images arrive on o
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from workloads.config import config, to_dict
 from workloads.data.views.detection import DetectionViews
+from workloads.errors import ConfigError
 from workloads.models.backbone import STAGES, GlobalBatchNorm2d, Stage, Trunk
 from workloads.models.retinanet_loss import retinanet_loss
 from workloads.parallel.distributed import averaged, global_mean
@@ -65,6 +67,31 @@ class _Pyramid(nn.Module):
         found = self.trunk(images)
         return self.fpn(OrderedDict((str(i), found[stage]) for i, stage in enumerate(self.stages)))
 
+    def load_pyramid(self, state: Mapping[str, Tensor]) -> None:
+        """Start the levels that `models.fpn.Pyramid` has in common with this one from its parameters (`state`).
+
+        Raises:
+            ConfigError: it has another number of channels.
+        """
+        places = {f"P{stage[1]}": place for place, stage in enumerate(self.stages)}
+        blocks: dict[str, nn.Module] = {}
+        for level, place in places.items():
+            blocks |= {
+                f"lateral.{level}": self.fpn.inner_blocks[place][0],
+                f"output.{level}": self.fpn.layer_blocks[place][0],
+            }
+        if isinstance(self.fpn.extra_blocks, LastLevelP6P7):
+            blocks |= {"down.P6": self.fpn.extra_blocks.p6, "down.P7": self.fpn.extra_blocks.p7}
+        for name, conv in blocks.items():
+            if f"{name}.weight" not in state:
+                continue
+            weight = state[f"{name}.weight"]
+            if len(weight) != self.out_channels:
+                raise ConfigError(
+                    f"trunk.pyramid: the checkpoint's pyramid has {len(weight)} channels; set detector.fpn_channels={len(weight)}"
+                )
+            conv.load_state_dict({"weight": weight, "bias": state[f"{name}.bias"]})
+
 
 class _C4(nn.Module):
     """A trunk up to its stride-16 stage."""
@@ -108,6 +135,17 @@ class Detector(nn.Module):
         self._trunk_norms: list[nn.Module] = [m for m in trunk.modules() if isinstance(m, nn.BatchNorm2d)]
         self.network: Any = _network(settings, trunk, len(categories))
         self.network.transform = nn.Identity()
+
+    def load_pyramid(self, state: Mapping[str, Tensor]) -> None:
+        """Start the feature pyramid from that of a pretraining run (`models.trunks.load_pyramid`).
+
+        Raises:
+            ConfigError: this detector has no pyramid, or one of another number of channels.
+        """
+        backbone = self.network.backbone
+        if not isinstance(backbone, _Pyramid):
+            raise ConfigError(f"trunk.pyramid: detector.kind={self.settings.kind} has no feature pyramid; leave it out")
+        backbone.load_pyramid(state)
 
     def train(self, mode: bool = True) -> "Detector":
         """Set train or eval mode; frozen parts keep their running statistics."""

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 import torch
 import torchvision
 from pydantic import Field
+from torch import Tensor
 
-from workloads.config import build, config, parse_yaml
+from workloads.config import ADDED_LATER, build, config, parse_yaml
 from workloads.errors import ConfigError, DataError
 from workloads.models.backbone import BackboneConfig, Trunk, make_trunk
 from workloads.models.vit import VitConfig, VitTrunk
@@ -32,6 +33,9 @@ class CheckpointTrunkConfig:
     """Source of the trunk."""
     uri: str
     """Folder or s3:// address of a checkpoint (RUN/checkpoints/step_…)."""
+    pyramid: Annotated[bool, ADDED_LATER] = False
+    """Whether a detector's feature pyramid starts from the checkpoint's too (objective anchor_ntxent); detector.fpn_channels must
+    then be its objective.projection_dim."""
 
 
 @config
@@ -62,6 +66,8 @@ TrunkConfig = Annotated[AnyTrunk, Field(discriminator="kind")]
 
 _TRUNK_PREFIXES = ("trunk.", "online.trunk.")
 """Of the trunk's names in the state of an objective; the second is that of DetCo's query network."""
+
+_PYRAMID_PREFIX = "pyramid."
 
 
 def load(settings: AnyTrunk) -> Trunk | VitTrunk:
@@ -155,3 +161,22 @@ def load_trunk(uri: str | Path, *, device: torch.device | str = "cpu") -> "Trunk
         raise ConfigError(f"{uri}: no parameter is named {' or '.join(p + '…' for p in _TRUNK_PREFIXES)}")
     trunk.load_state_dict({n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)})
     return trunk.eval()
+
+
+def load_pyramid(uri: str) -> dict[str, Tensor]:
+    """The parameters of the feature pyramid of a checkpoint, by their names in `models.fpn.Pyramid`, on the CPU.
+
+    Raises:
+        ConfigError: there is no checkpoint, or its objective trained no pyramid.
+    """
+    try:
+        filesystem, folder = resolve_uri(uri)
+        state = read_checkpoint(folder, filesystem, device="cpu").state["model"]
+    except (CheckpointError, DataError, OSError) as error:
+        raise ConfigError(f"trunk.uri: {uri} is not a checkpoint ({_short(error)})") from None
+    named = {n.removeprefix(_PYRAMID_PREFIX): value for n, value in state.items() if n.startswith(_PYRAMID_PREFIX)}
+    if not named:
+        raise ConfigError(
+            f"trunk.pyramid: {uri} holds no feature pyramid; only objective anchor_ntxent trains one, so leave trunk.pyramid out"
+        )
+    return named

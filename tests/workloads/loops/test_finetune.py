@@ -14,10 +14,11 @@ from workloads.config import apply_overrides, build, parse_overrides, parse_yaml
 from workloads.data.store.objects import BOXES_SCHEMA
 from workloads.errors import ConfigError, DataError
 from workloads.loops.dispatch import load_loop, run_loop
-from workloads.loops.finetune import FinetuneConfig, finetune, load_detector, preflight
+from workloads.loops.finetune import FinetuneConfig, build_detector, finetune, load_detector, preflight
 from workloads.loops.meter import NonFiniteLossError
 from workloads.loops.pretrain import pretrain
 from workloads.parallel.runtime import LocalRuntime
+from workloads.spec.loading import load_model
 from workloads.spec.pretrain import PretrainConfig
 from workloads.storage.checkpoint import CheckpointError
 
@@ -91,7 +92,6 @@ def test_a_run_leaves_records_a_checkpoint_and_a_picture(coco, trunk, tmp_path):
 
 def test_the_trunk_begins_with_the_checkpoints_weights_and_the_head_is_the_same_for_every_trunk(coco, trunk):
     from workloads.loops.finetune import build_detector
-    from workloads.spec.loading import load_model
 
     pretrained = load_model(Path(trunk))[0].trunk.state_dict()
     detectors = [
@@ -106,6 +106,43 @@ def test_the_trunk_begins_with_the_checkpoints_weights_and_the_head_is_the_same_
     assert not torch.equal(
         states[0]["network.backbone.trunk.body.conv1.weight"], states[1]["network.backbone.trunk.body.conv1.weight"]
     )
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn_fpn"])
+def test_the_pyramid_of_the_checkpoint_becomes_the_detectors(coco, tmp_path, kind):
+    data = {
+        "steps": 1, "global_batch_size": 4, "data": {"uri": coco["train"]},
+        "views": {"full_size": 64, "crop_size": 16, "crops_per_image": 2},
+        "objective": {"levels": ["P3", "P4", "P5", "P6"], "projection_dim": 16, "projector_hidden": 16, "anchor_negatives": 0},
+    }  # fmt: skip
+    pretrain(build(PretrainConfig, data), LocalRuntime(tmp_path))
+    checkpoint = newest(tmp_path)
+    source = f"trunk={{kind: checkpoint, uri: {checkpoint}, pyramid: true}}"
+    detector = build_detector(
+        settings_of(coco, source, f"detector.kind={kind}", "detector.fpn_channels=16"), ("cat",)
+    ).eval()
+    pretrained = load_model(Path(checkpoint))[0]
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        wanted = pretrained.pyramid(pretrained.trunk(images))
+        levels = list(detector.network.backbone(images).values())
+    for level, features in zip(wanted, levels if kind == "retinanet" else levels[1:], strict=False):
+        if level == "P6" and kind != "retinanet":
+            continue  # Faster R-CNN pools its last level
+        torch.testing.assert_close(features, wanted[level])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["detector.fpn_channels=32"], r"has 16 channels; set detector\.fpn_channels=16"),
+        (["detector.kind=faster_rcnn_c4"], r"detector\.kind=faster_rcnn_c4 has no feature pyramid"),
+    ],
+)
+def test_a_pyramid_that_does_not_fit_is_refused_before_anything_starts(coco, trunk, overrides, sentence):
+    source = f"trunk={{kind: checkpoint, uri: {trunk}, pyramid: true}}"
+    with pytest.raises(ConfigError, match=sentence):
+        preflight(settings_of(coco, source, *overrides), 1)
 
 
 def test_a_state_dict_of_torchvisions_is_a_supervised_trunk(coco, tmp_path):
