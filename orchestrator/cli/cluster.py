@@ -8,7 +8,7 @@ import typer
 
 from orchestrator.cli.options import takes_options
 from orchestrator.cli.suggestions import SuggestingGroup
-from orchestrator.cli.terminal import Debug, Overrides, console, explained
+from orchestrator.cli.terminal import Debug, Experiment, Overrides, console, explained
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
@@ -174,7 +174,7 @@ def cluster_render(
     target: Annotated[
         str, typer.Argument(help="kuberay: a RayJob and MLflow for Kubernetes; aws: a file for `ray up`.")
     ],
-    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path of its YAML file.")],
+    experiment: Experiment,
     overrides: Overrides = None,
     debug: Debug = False,
     options: RenderOptions,

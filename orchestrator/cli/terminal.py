@@ -26,7 +26,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the wo
 def explained(debug: bool) -> Iterator[None]:
     """Turn an error into one sentence and an exit code; with `debug`, let it pass.
 
-    An error with an `exit_code` (`UserError`, `ClusterError`) is meant for the user. Any other is a defect: its class is named.
+    A `UserError` or `ClusterError` is meant for the user. Any other is a defect, for which the sentence mentions --debug.
     """
     try:
         yield
