@@ -1,4 +1,4 @@
-"""Checks a sweep before anything starts: its keys, its values and one trial of each."""
+"""Checks a sweep before it starts (`check_sweep`): its keys, the extreme values of each, and one whole trial."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,22 +17,26 @@ from workloads.data.store.manifest import open_dataset
 from workloads.errors import ConfigError
 
 _FIXED_SECTIONS = ("evaluation", "tracking", "storage", "failure", "scaling")
-"""Sections that are not searched: the ruler must not change with what it measures, the rest does not change the result."""
+"""Sections that may not be searched: the evaluation must be the same for all trials, and the others do not change results."""
 
 
 def check_sweep(experiment: SweepExperiment) -> list[Point] | None:
-    """Everything that can be known to fail before anything starts; the points, where the searcher knows them before.
+    """Check everything that can be checked before the sweep starts; returns `listed_points`.
 
     Raises:
-        ConfigError, DataError: with the key or path.
+        ConfigError, DataError: the request cannot work; the message names the key or the path.
     """
     settings = experiment.sweep
     for key in settings.space:
         if key.partition(".")[0] in _FIXED_SECTIONS:
-            raise ConfigError(f"sweep.space.{key}: the {key.partition('.')[0]} section is the same for all trials")
+            raise ConfigError(
+                f"sweep.space.{key}: the {key.partition('.')[0]} section is the same for all trials; search another key"
+            )
     held_out = experiment.evaluation.uri
     if settings.final_seeds and held_out is None:
-        raise ConfigError("evaluation.uri: needed to measure the winner and the start; or set sweep.final_seeds=0")
+        raise ConfigError(
+            "evaluation.uri: needed to compare the winner with the baseline configuration; or set sweep.final_seeds=0"
+        )
     selection = open_dataset(settings.selection_uri).manifest.sha256
     if held_out is not None and open_dataset(held_out).manifest.sha256 == selection:
         raise ConfigError(
@@ -50,10 +54,10 @@ def check_sweep(experiment: SweepExperiment) -> list[Point] | None:
             stage.experiment(point)
         except ConfigError as error:
             raise ConfigError(f"sweep.space.{key}: {error}") from None
-    misplaced = stage.space.misplaced_start()
+    misplaced = stage.space.misplaced_baseline()
     if isinstance(settings.searcher, OptunaSearchConfig) and settings.include_start and misplaced:
         raise ConfigError(
-            f"sweep.space.{misplaced}: the experiment's own value {stage.space.start()[misplaced]!r} is not in it; "
+            f"sweep.space.{misplaced}: the experiment's own value {stage.space.baseline()[misplaced]!r} is not in it; "
             "widen it or set sweep.include_start=false"
         )
     return listed_points(experiment)
@@ -74,25 +78,26 @@ def _check_trial(stage: Stage, fixed: Mapping[str, Any]) -> None:
         )
     clash = set(fixed) & set(stage.sweep.sweep.space)
     if clash:
-        raise ConfigError(f"sweep.trial.{min(clash)}: this key is searched; fix it or search it")
+        raise ConfigError(f"sweep.trial.{min(clash)}: this key is searched; remove it here or from sweep.space")
 
 
 def listed_points(experiment: SweepExperiment) -> list[Point] | None:
-    """The points of a random or grid search, in order; None where they depend on results.
+    """The points of a random or grid search, in order; None for Optuna, whose points depend on results.
 
     Raises:
-        ConfigError: a grid has more points than the trials allow.
+        ConfigError: a grid has more points than `sweep.trials`.
     """
     settings = experiment.sweep
     space = search_stage(experiment, name="check", parent=None).space
-    start = [space.start()] if settings.include_start else []
+    baseline = [space.baseline()] if settings.include_start else []
     if isinstance(settings.searcher, OptunaSearchConfig):
         return None
     if isinstance(settings.searcher, GridSearchConfig):
-        points = start + [point for point in space.grid() if point not in start]
+        points = baseline + [point for point in space.grid() if point not in baseline]
         if len(points) > settings.trials:
             raise ConfigError(
-                f"sweep.trials: the grid has {len(points)} points, more than {settings.trials} trials; thin it or allow more"
+                f"sweep.trials: the grid has {len(points)} points, more than {settings.trials} trials; raise sweep.trials, "
+                "or search fewer values"
             )
         return points
-    return start + space.random(settings.trials - len(start), seed=settings.seed, known=start)
+    return baseline + space.random(settings.trials - len(baseline), seed=settings.seed, known=baseline)

@@ -1,74 +1,35 @@
-"""What a sweep found: its trials in order, what each knob did, and the winner against the start."""
+"""Ranks the trials of a sweep: `ranked`, the table (`leaderboard_rows`, `to_csv`), and the `importance` of each searched key."""
 
 import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from orchestrator.experiments.domains import Point
-from orchestrator.experiments.spec import TrainExperiment
-from orchestrator.sweeps.stages import score_of
+from orchestrator.sweeps.trial_result import TrialResult
 
 _TREES, _SHUFFLES = 300, 30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """One trial, from its own record."""
+def ranked(trials: Sequence[TrialResult]) -> list[TrialResult]:
+    """Best first. A trial that ran further is placed before one that was stopped earlier; failed trials are last."""
 
-    point: Point
-    experiment: TrainExperiment | None  # None: the point's values do not go together
-    run_name: str
-    evaluations: Mapping[int, Mapping[str, float]]  # step → metrics
-    rank_by: tuple[str, ...]
-    reason: str | None = None  # why it failed
-    ended: bool = False  # it ran to its end
-    interrupted: bool = False  # the sweep ended before it did
-    seconds: float = 0.0  # from its start to its last report
-
-    @property
-    def step(self) -> int:
-        """The last step at which it was measured; 0 if it never was."""
-        return max(self.evaluations, default=0)
-
-    @property
-    def score(self) -> float | None:
-        """At that step."""
-        return self.score_at(self.step)
-
-    def score_at(self, step: int) -> float | None:
-        """The mean of the metrics that trials are ranked by, or None."""
-        return score_of(self.evaluations[step], self.rank_by) if step in self.evaluations else None
-
-    @property
-    def outcome(self) -> str:
-        """How it ended: `finished`, `stopped early` by the sweep, `failed`, or `unfinished`."""
-        if self.reason:
-            return "failed"
-        return "finished" if self.ended else "unfinished" if self.interrupted else "stopped early"
-
-
-def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Best first: a trial that went further stands before one that was stopped, and failed ones stand last."""
-
-    def place(trial: Trial) -> tuple[Any, ...]:
+    def order(trial: TrialResult) -> tuple[Any, ...]:
         return (trial.score is None, trial.outcome == "failed", -trial.step, -(trial.score or 0.0))
 
-    return sorted(trials, key=place)
+    return sorted(trials, key=order)
 
 
-def common_step(trials: Sequence[Trial]) -> int:
-    """The last step at which every trial that was measured at all was measured; 0 if there is none."""
+def common_step(trials: Sequence[TrialResult]) -> int:
+    """The last step at which every trial with an evaluation has one; 0 if there is none."""
     measured = [set(trial.evaluations) for trial in trials if trial.evaluations]
     return max(set.intersection(*measured), default=0) if measured else 0
 
 
-def leaderboard_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """What people see of each trial, best first; figures are those of its last evaluation, unless a step is named."""
+def leaderboard_rows(trials: Sequence[TrialResult]) -> list[dict[str, Any]]:
+    """One row per trial, in the given order; metrics are those of its last evaluation, except `score at step N`."""
     step = common_step(trials)
     knobs = list(dict.fromkeys(key for trial in trials for key in trial.point))
     rows = []
@@ -93,7 +54,7 @@ def leaderboard_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The leaderboard as CSV."""
+    """The rows as CSV, with lists and objects as JSON."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -105,11 +66,11 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def importance(trials: Sequence[Trial], knobs: Sequence[str], *, seed: int) -> dict[str, float]:
-    """How much of a fitted forest's skill each knob carries: permutation importance, as shares that sum to 1.
+def importance(trials: Sequence[TrialResult], knobs: Sequence[str], *, seed: int) -> dict[str, float]:
+    """Permutation importance of each knob in a random forest fitted to the scores, as shares that sum to 1.
 
-    The forest predicts the score at the last step that all trials have in common. Empty with fewer than four scores, or if
-    shuffling no knob makes the forest worse.
+    The forest predicts the score at `common_step`. Empty with fewer than four scores, or if shuffling no knob makes the
+    forest worse.
     """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
@@ -122,14 +83,14 @@ def importance(trials: Sequence[Trial], knobs: Sequence[str], *, seed: int) -> d
     x = np.stack(list(columns.values()), axis=1)
     y = np.asarray([score for _, score in scored], dtype=np.float64)
     forest = RandomForestRegressor(_TREES, random_state=seed).fit(x, y)
-    found = permutation_importance(forest, x, y, n_repeats=_SHUFFLES, random_state=seed).importances_mean.clip(min=0)
-    if found.sum() == 0:
+    losses = permutation_importance(forest, x, y, n_repeats=_SHUFFLES, random_state=seed).importances_mean.clip(min=0)
+    if losses.sum() == 0:
         return {}
-    return {knob: float(share) for knob, share in zip(columns, found / found.sum(), strict=True)}
+    return {knob: float(share) for knob, share in zip(columns, losses / losses.sum(), strict=True)}
 
 
 def _column(values: Sequence[Any]) -> np.ndarray:
-    """A knob's values as numbers: their own where they are numbers, else the place among the distinct ones; −1 for none."""
+    """Values of one knob as numbers; values that are not numbers become their index among the sorted ones, and None −1."""
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(numbers) == len(values):
         return np.asarray(values, dtype=np.float64)

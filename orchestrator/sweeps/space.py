@@ -1,4 +1,4 @@
-"""The search space of a sweep: draws points, and passes the domains to Optuna or a grid."""
+"""`SearchSpace`: the domains of a sweep. Draws random points, lists a grid, and is the search space of Optuna."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,26 +9,26 @@ import numpy as np
 from orchestrator.experiments.domains import ChoiceConfig, DomainConfig, GridConfig, Point
 from workloads.errors import ConfigError
 
-_REDRAWS = 200  # of a point that was drawn before, as happens in small discrete spaces
+_REDRAWS = 200  # of a point that was drawn before, which is likely in a small discrete space
 
 
 class SearchSpace:
-    """The domains of a sweep over an experiment's values.
+    """The domains of a sweep, by dotted key, over an experiment.
 
     Args:
-        domains: by dotted key; a key's `when` may name keys that stand before it.
-        defaults: the experiment's own values by dotted key, which decide a `when` that no swept key decides.
+        domains: the `when` of a key may name the keys before it.
+        defaults: the experiment's own values by dotted key; they decide a `when` whose key is not searched.
     """
 
     def __init__(self, domains: Mapping[str, DomainConfig], defaults: Mapping[str, Any]) -> None:
         self.domains, self._defaults = dict(domains), dict(defaults)
 
     def __call__(self, trial: Any) -> None:
-        """Optuna's define-by-run function: asks `trial` for the keys that are part of its point."""
+        """Optuna's define-by-run function: suggests the keys that are part of the point of `trial`."""
         self.suggest(trial)
 
     def suggest(self, trial: Any) -> Point:
-        """The point that an Optuna trial stands for."""
+        """The point of an Optuna trial."""
         point: Point = {}
         for key, domain in self.domains.items():
             if self._applies(domain, point):
@@ -36,27 +36,27 @@ class SearchSpace:
         return point
 
     def decode(self, suggested: Mapping[str, Any]) -> Point:
-        """The point of what Optuna remembers of a trial."""
+        """The point with the values that Optuna stores for a trial."""
         return {key: domain.decode(suggested[key]) for key, domain in self.domains.items() if key in suggested}
 
     def encode(self, point: Point) -> dict[str, Any]:
-        """What Optuna is told of a point; the inverse of `decode`."""
+        """The values that Optuna stores for `point`; the inverse of `decode`."""
         return {key: self.domains[key].encode(value) for key, value in point.items()}
 
-    def start(self) -> Point:
-        """The experiment's own values of the swept keys."""
+    def baseline(self) -> Point:
+        """The experiment's own values of the searched keys."""
         point: Point = {}
         for key, domain in self.domains.items():
             if self._applies(domain, point):
                 point[key] = self._defaults.get(key)
         return point
 
-    def misplaced_start(self) -> str | None:
-        """The first swept key whose own value is outside its domain."""
-        return next((key for key, value in self.start().items() if not self.domains[key].holds(value)), None)
+    def misplaced_baseline(self) -> str | None:
+        """The first searched key whose own value is outside its domain, or None."""
+        return next((key for key, value in self.baseline().items() if not self.domains[key].holds(value)), None)
 
     def random(self, count: int, *, seed: int, known: Sequence[Point] = ()) -> list[Point]:
-        """`count` points other than those `known`; the n-th does not depend on how many there are. Grids are gone through in turn."""
+        """`count` points other than those `known`; the n-th does not depend on `count`. Values of grids are taken in turn."""
         grids = list(self._crossed({k: d for k, d in self.domains.items() if isinstance(d, GridConfig)}))
         points: list[Point] = []
         for number in range(count):
@@ -69,7 +69,7 @@ class SearchSpace:
         return points
 
     def grid(self) -> list[Point]:
-        """All combinations, those that differ only in keys that are not part of them counted once.
+        """All combinations of values, without duplicates: keys whose `when` does not hold are left out of a point.
 
         Raises:
             ConfigError: a domain is not a list of values.
@@ -81,13 +81,13 @@ class SearchSpace:
                 )
         unique: list[Point] = []
         for point in self._crossed(self.domains):
-            kept = self._active(point)
-            if kept not in unique:
-                unique.append(kept)
+            active = self._active(point)
+            if active not in unique:
+                unique.append(active)
         return unique
 
     def probes(self) -> Iterator[tuple[str, Point]]:
-        """Each key with points of which all must be valid: its extreme values, where its `when` lets it be set."""
+        """Pairs of a key and a point that must be valid: one pair for each extreme value of the key."""
         for key, domain in self.domains.items():
             for value in domain.corners():
                 yield key, {**domain.when, key: value}
@@ -101,11 +101,11 @@ class SearchSpace:
         return self._active(drawn)
 
     def _active(self, point: Point) -> Point:
-        kept: Point = {}
+        active: Point = {}
         for key, domain in self.domains.items():
-            if self._applies(domain, kept):
-                kept[key] = point[key]
-        return kept
+            if self._applies(domain, active):
+                active[key] = point[key]
+        return active
 
-    def _applies(self, domain: Any, point: Point) -> bool:
+    def _applies(self, domain: DomainConfig, point: Point) -> bool:
         return all(point.get(key, self._defaults.get(key)) == value for key, value in domain.when.items())

@@ -108,10 +108,10 @@ def test_tune_can_store_the_space():
 
 
 def test_the_start_is_the_experiments_own_values():
-    assert space_of().start() == {**DEFAULTS}
-    assert space_of().misplaced_start() is None
-    assert space_of(defaults={**DEFAULTS, "objective.crop_grid": 16}).misplaced_start() == "objective.crop_grid"
-    assert space_of(defaults={**DEFAULTS, "objective.anchor_negatives": True}).misplaced_start() is not None
+    assert space_of().baseline() == {**DEFAULTS}
+    assert space_of().misplaced_baseline() is None
+    assert space_of(defaults={**DEFAULTS, "objective.crop_grid": 16}).misplaced_baseline() == "objective.crop_grid"
+    assert space_of(defaults={**DEFAULTS, "objective.anchor_negatives": True}).misplaced_baseline() is not None
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 
 from orchestrator.sweeps.comparison import Comparison, SuiteComparison
-from orchestrator.sweeps.leaderboard import Trial, common_step, importance, leaderboard_rows, ranked, to_csv
+from orchestrator.sweeps.leaderboard import common_step, importance, leaderboard_rows, ranked, to_csv
 from orchestrator.sweeps.stages import score_of
+from orchestrator.sweeps.trial_result import TrialResult
 from workloads.evaluation.tables import hits_of
 
 RANK_BY = ("eval/sga", "eval/photometric/sga")
 
 
-def trial(name: str, scores: dict[int, float], **changes) -> Trial:
+def trial(name: str, scores: dict[int, float], **changes) -> TrialResult:
     """Both metrics lie 0.1 around the score."""
     evaluations = {s: {"eval/sga": v + 0.1, "eval/photometric/sga": v - 0.1} for s, v in scores.items()}
     given = {"point": {"t": 1}, "experiment": None, "ended": True, **changes}
-    return Trial(run_name=name, evaluations=evaluations, rank_by=RANK_BY, **given)
+    return TrialResult(run_name=name, evaluations=evaluations, rank_by=RANK_BY, **given)
 
 
 def test_the_score_is_the_mean_and_none_where_a_metric_is_missing():
@@ -72,15 +73,15 @@ def test_importance_is_silent_without_enough_trials_or_differences():
 def test_a_comparison_is_won_only_beyond_the_interval_in_both_suites():
     def suite(low: float) -> SuiteComparison:
         return SuiteComparison(
-            winner=(0.4, 0.5), start=(0.3,), difference=0.1, low=low, high=0.2, pixel=0.2, chance=0.04
+            winner=(0.4, 0.5), baseline=(0.3,), difference=0.1, low=low, high=0.2, pixel=0.2, chance=0.04
         )
 
     one, other = [trial("a", {10: 0.4})], [trial("b", {10: 0.3})]
-    won = Comparison(suites={"plain": suite(0.01), "photometric": suite(0.01)}, winner=one, start=other)
-    drawn = Comparison(suites={"plain": suite(0.01), "photometric": suite(-0.01)}, winner=one, start=other)
+    won = Comparison(suites={"plain": suite(0.01), "photometric": suite(0.01)}, winner=one, baseline=other)
+    drawn = Comparison(suites={"plain": suite(0.01), "photometric": suite(-0.01)}, winner=one, baseline=other)
     assert won.better and not drawn.better
     assert won.lines()[0] == (
-        "plain: winner 45.0%, start 30.0%, paired difference +10.0 [+1.0, +20.0]; pixel 20.0%, chance 4.0%"
+        "plain: winner 45.0%, baseline 30.0%, paired difference +10.0 [+1.0, +20.0]; pixel 20.0%, chance 4.0%"
     )
 
 
