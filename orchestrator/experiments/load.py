@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.experiments.sweep_spec import SweepExperiment
 
 E = TypeVar("E", bound="AnyExperiment")
+C = TypeVar("C")  # any config
 
 _PATHS = (
     *("uri", "path", "init_from", "cache_dir", "ledger", "selection_uri", "trunk_from", "train_uri", "test_uri"),
@@ -121,14 +122,27 @@ def absolute_paths(experiment: "E") -> "E":
     Raises:
         ConfigError: `storage.path` is relative in a job whose folder Ray deletes with the cluster.
     """
-    path = experiment.storage.path
-    if _RAY_CACHE in Path.cwd().parts and absolute_uri(path) != path:
+    check_lasting("storage.path", experiment.storage.path)
+    return with_absolute_paths(experiment)
+
+
+def check_lasting(key: str, uri: str) -> None:
+    """Check that an output does not lie in the working directory of a Ray job.
+
+    Raises:
+        ConfigError: `uri` is relative in a job whose folder Ray deletes with the cluster.
+    """
+    if _RAY_CACHE in Path.cwd().parts and absolute_uri(uri) != uri:
         raise ConfigError(
-            f"storage.path: {path} lies in this job's working directory, which Ray deletes with its cluster; "
+            f"{key}: {uri} lies in this job's working directory, which Ray deletes with its cluster; "
             "give an absolute folder that all nodes share, or s3://bucket/prefix"
         )
-    changed: E = _absolute(experiment)
-    return changed
+
+
+def with_absolute_paths(settings: C) -> C:
+    """`settings` with an absolute path in every key that names a local file, in nested blocks too."""
+    absolute: C = _absolute(settings)
+    return absolute
 
 
 def _absolute(block: Any) -> Any:

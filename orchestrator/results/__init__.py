@@ -1,1 +1,1 @@
-"""What is done with a finished run: evaluate, export, promote."""
+"""Works on finished runs: evaluates, exports and promotes their models."""

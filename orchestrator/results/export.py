@@ -1,15 +1,18 @@
-"""`orchestrator export`: the trunk of a run, or of a registered model, as files that need nothing of this project."""
+"""Exports the trunk of a run or of a registered model (`export_run`) to files that need nothing of this project."""
 
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from orchestrator.results.evaluate import EvaluationError
+from orchestrator.results.evaluate import weights_of
 from orchestrator.tracking.lookup import find_run, open_tracking
-from orchestrator.tracking.model import fetch_model, fetch_weights
+from orchestrator.tracking.model import fetch_model
 from workloads.errors import ConfigError
 from workloads.serving.export import FORMATS, Format, export_checkpoint
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 
 def export_run(
@@ -26,9 +29,8 @@ def export_run(
         target: MLflow run id or run name, or `models:/NAME/VERSION`, `models:/NAME@ALIAS`.
 
     Raises:
-        ConfigError: no such run, model or format.
-        EvaluationError: the run has no model yet.
-        ExportError: a written file does not give what the trunk gives.
+        ConfigError: no such run, model or format, or the run has no model.
+        ExportError: a file that was written does not reproduce the outputs of the trunk.
     """
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ConfigError(f"--format {unknown[0]}: expected one of {', '.join(FORMATS)}")
@@ -40,10 +42,7 @@ def export_run(
             run = client.get_run(run_id)
         else:
             run = find_run(client, target)
-            fetched = fetch_weights(run.info.run_id, client=client, folder=Path(folder))
-            if fetched is None:
-                raise EvaluationError(f"run {target} has no model yet; let its training end")
-            checkpoint = fetched
+            checkpoint = weights_of(client, run, Path(folder)).checkpoint
         return export_checkpoint(
             checkpoint,
             chosen,
@@ -55,14 +54,14 @@ def export_run(
         )
 
 
-def _source(run: Any, target: str) -> dict[str, str]:
-    """Where the model is from, in the words of the run's record."""
+def _source(run: "Run", target: str) -> dict[str, str]:
+    """Origin of the model, for its card."""
     tags = run.data.tags
     datasets = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
-    told = {
+    source = {
         "run": f"{run.info.run_name} {run.info.run_id}",
         "registered model": target if target.startswith("models:/") else "",
         "code commit": tags.get("mlflow.source.git.commit", ""),
         "datasets": ", ".join(sorted(datasets)),
     }
-    return {what: value for what, value in told.items() if value}
+    return {what: value for what, value in source.items() if value}

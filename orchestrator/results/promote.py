@@ -1,8 +1,8 @@
-"""`orchestrator promote`: a run's best model becomes a registered version, and an alias moves to it, for a stated reason.
+"""Promotes a run's model (`promote`): registers it as a version of a model in MLflow and moves an alias to it; `roll_back` undoes it.
 
-A promotion needs every gate to hold and, where the alias already stands somewhere, a paired gain over the model there that is
-above 0 beyond its interval, on the same crops of the same images. Aliases are moved last: a killed promotion changes nothing
-that anybody loads.
+A promotion requires that every gate holds. If the alias already names a version, it also requires a paired gain over that
+version, above 0 beyond its interval, on the same crops of the same images. The alias is moved last, so a promotion that is
+killed changes nothing that anybody loads.
 """
 
 import json
@@ -13,16 +13,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from orchestrator.results.evaluate import weights_of
 from orchestrator.tracking.lookup import find_run, open_tracking
 from orchestrator.tracking.registry import register_model, version_at
 from workloads.config import build
 from workloads.errors import ConfigError, RunFailedError
 from workloads.evaluation.tables import hits_of
 from workloads.metrics.grid_accuracy import GridAccuracyConfig, paired_difference
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -41,7 +47,7 @@ _PREVIOUS, _ROLLED_BACK = "promotion.previous", "promotion.rolled_back"
 
 
 class PromotionRefusedError(RunFailedError):
-    """The model is not promoted; the message lists the reasons."""
+    """The model is not promoted; the message lists the reasons. `force` overrules them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +59,9 @@ class Gate:
     bound: float
 
     def failure(self, figures: Mapping[str, float]) -> str | None:
-        """Why it does not hold, or None."""
+        """Why the gate does not hold, or None."""
         if self.metric not in figures:
-            return f"{self} cannot be judged: the run has no {self.metric} at the model's step"
+            return f"{self} cannot be checked: the run has no {self.metric} at the step of its model"
         value = figures[self.metric]
         return None if _OPERATORS[self.sign](value, self.bound) else f"{self} does not hold: it is {value:.4f}"
 
@@ -65,7 +71,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """Paired difference of two models' hits on the same crops, with its 95 % interval over images."""
+    """Paired difference of the hits of two models on the same crops, with its 95 % interval over images."""
 
     suite: str
     difference: float
@@ -78,7 +84,7 @@ class Gain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promotion:
-    """What was done."""
+    """A promotion that was done."""
 
     model: str
     version: str
@@ -86,28 +92,27 @@ class Promotion:
     previous: str | None  # version that had the alias
     run_id: str
     gains: Sequence[Gain]
-    overruled: Sequence[str]  # reasons against it, with --force
+    overruled: Sequence[str]  # reasons against it, overruled by `force`
 
     def lines(self) -> list[str]:
-        """For people."""
-        told = [f"models:/{self.model}@{self.alias} is now version {self.version} (run {self.run_id})"]
+        """A summary for the terminal."""
+        lines = [f"models:/{self.model}@{self.alias} is now version {self.version} (run {self.run_id})"]
         if self.previous:
-            told.append(
-                f"before, version {self.previous}; paired gain: {'; '.join(map(str, self.gains)) or 'not measured'}"
-            )
-        return told + [f"forced, although {reason}" for reason in self.overruled]
+            gains = "; ".join(map(str, self.gains)) or "not measured"
+            lines.append(f"it was version {self.previous}; paired gain: {gains}")
+        return lines + [f"forced, although {reason}" for reason in self.overruled]
 
 
 def parse_gate(text: str) -> Gate:
-    """`eval/sga >= 0.45` as a gate.
+    """Parse a gate such as `eval/sga >= 0.45`.
 
     Raises:
-        ConfigError: it is not METRIC SIGN NUMBER.
+        ConfigError: `text` is not METRIC SIGN NUMBER.
     """
-    found = re.fullmatch(r"\s*([A-Za-z][\w./@-]*)\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", text)
-    if found is None:
+    match = re.fullmatch(r"\s*([A-Za-z][\w./@-]*)\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", text)
+    if match is None:
         raise ConfigError(f"--gate {text!r}: expected METRIC >= NUMBER (or >, <, <=), as in 'eval/sga >= 0.45'")
-    metric, sign, bound = found.groups()
+    metric, sign, bound = match.groups()
     try:
         return Gate(metric=metric, sign=sign, bound=float(bound))
     except ValueError:
@@ -123,42 +128,33 @@ def promote(
     force: bool = False,
     tracking_uri: str | None = None,
 ) -> Promotion:
-    """Register the best checkpoint of a run, or of a sweep's winner, and move `alias` of the registered model to it.
+    """Register the model of a run, or of the winner of a sweep, and move `alias` of the registered model to it.
 
     Args:
-        model: name in the registry; by default the experiment's.
+        model: name in the registry; by default that of the experiment.
 
     Raises:
         ConfigError: no such run, or it has no model.
-        PromotionRefusedError: a gate fails, or the gain over the model that has the alias is not above 0 (not with `force`).
+        PromotionRefusedError: there is a reason against it, and `force` is false.
     """
     client = open_tracking(tracking_uri)
     run = _resolve(client, target)
-    candidate = _Candidate.of(client, run)
+    candidate = _Candidate.newest(client, run)
     name = model or run.data.params.get("name") or run.info.run_name
-    reasons = [why for gate in gates if (why := gate.failure(candidate.figures))]
     champion = version_at(client, name, alias)
-    gains: list[Gain] = []
-    if champion is not None:
-        if champion.run_id == run.info.run_id:
-            raise PromotionRefusedError(f"{name}@{alias} is this run's model already (version {champion.version})")
-        try:
-            gains = paired_gains(client, candidate, _Candidate.of(client, client.get_run(str(champion.run_id))))
-        except PromotionRefusedError as error:
-            reasons.append(str(error))
-        reasons += [
-            f"the paired gain over version {champion.version} is not above 0 beyond its interval: {gain}"
-            for gain in gains
-            if gain.low <= 0
-        ]
+    if champion is not None and champion.model_id == candidate.model_id:
+        raise PromotionRefusedError(
+            f"{name}@{alias} is already the model of run {run.info.run_name} (version {champion.version})"
+        )
+    reasons, gains = _judge(client, candidate, gates, champion)
     if reasons and not force:
         raise PromotionRefusedError(f"run {run.info.run_name} is not promoted: " + "; ".join(reasons))
-    told = {"promotion.gates": "; ".join(map(str, gates)), "promotion.gain": "; ".join(map(str, gains))}
+    tags = {"promotion.gates": "; ".join(map(str, gates)), "promotion.gain": "; ".join(map(str, gains))}
     if reasons:
-        told["promotion.forced_over"] = "; ".join(reasons)
+        tags["promotion.forced_over"] = "; ".join(reasons)
     if champion is not None:
-        told[_PREVIOUS] = str(champion.version)
-    version = _register(client, name, candidate, told)
+        tags[_PREVIOUS] = str(champion.version)
+    version = _register(client, name, candidate, tags)
     client.set_registered_model_alias(name, alias, version)
     return Promotion(
         model=name,
@@ -171,11 +167,30 @@ def promote(
     )
 
 
+def _judge(
+    client: "MlflowClient", candidate: "_Candidate", gates: Sequence[Gate], champion: "ModelVersion | None"
+) -> tuple[list[str], list[Gain]]:
+    """The reasons against a promotion, and the gains over the version that has the alias."""
+    reasons = [why for gate in gates if (why := gate.failure(candidate.figures))]
+    if champion is None:
+        return reasons, []
+    try:
+        gains = paired_gains(client, candidate, _Candidate.of_version(client, champion))
+    except PromotionRefusedError as error:
+        return [*reasons, str(error)], []
+    reasons += [
+        f"the paired gain over version {champion.version} is not above 0 beyond its interval: {gain}"
+        for gain in gains
+        if gain.low <= 0
+    ]
+    return reasons, gains
+
+
 def roll_back(model: str, *, alias: str = "champion", tracking_uri: str | None = None) -> tuple[str, str]:
-    """Move `alias` back to the version that had it before; returns (version from, version to).
+    """Move `alias` back to the version that had it before; returns (old version, new version).
 
     Raises:
-        ConfigError: no such model or alias, or nothing had it before.
+        ConfigError: there is no such model or alias, or no version had the alias before.
     """
     client = open_tracking(tracking_uri)
     current = version_at(client, model, alias)
@@ -191,51 +206,70 @@ def roll_back(model: str, *, alias: str = "champion", tracking_uri: str | None =
     return str(current.version), str(previous)
 
 
-def _resolve(client: Any, target: str) -> Any:
+def _resolve(client: "MlflowClient", target: str) -> "Run":
+    """The run of this id or name, or, of a sweep, the final run of its winner."""
     run = find_run(client, target)
     if run.data.tags.get("sweep.stage") != "sweep":
         return run
     winner = run.data.tags.get("sweep.winner_run")
     if winner is None:
         raise ConfigError(
-            f"{target}: this sweep has no winner at full length (sweep.final_seeds=0, or it has not ended)"
+            f"{target}: this sweep has no winner at full length (it has not ended, or sweep.final_seeds was 0); "
+            "promote one of its runs"
         )
     return find_run(client, winner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Candidate:
-    """A run's model, and what was measured of it."""
+    """A model of a run, and the figures at its step."""
 
-    run: Any
+    run: "Run"
     model_id: str
     step: int
     figures: Mapping[str, float]
 
     @classmethod
-    def of(cls, client: Any, run: Any) -> "_Candidate":
-        """The newest model of `run`.
+    def newest(cls, client: "MlflowClient", run: "Run") -> "_Candidate":
+        """The newest model of `run` that is complete.
 
         Raises:
-            ConfigError: it has none.
+            ConfigError: the run has no model.
         """
-        outputs = run.outputs.model_outputs if run.outputs else []
-        if not outputs:
-            raise ConfigError(
-                f"run {run.info.run_name} has no model; it has not ended, or tracking.log_model was false"
+        with tempfile.TemporaryDirectory() as folder:
+            weights = weights_of(client, run, Path(folder))
+        return cls._of(client, run, weights.model_id, weights.step)
+
+    @classmethod
+    def of_version(cls, client: "MlflowClient", version: "ModelVersion") -> "_Candidate":
+        """The model of a registered version.
+
+        Raises:
+            PromotionRefusedError: the version is of no run, or of one without models.
+        """
+        run = client.get_run(version.run_id) if version.run_id else None
+        models = run.outputs.model_outputs if run is not None and run.outputs else []
+        steps = {model.model_id: model.step for model in models}
+        model_id = version.model_id or (models[-1].model_id if models else None)
+        if run is None or model_id not in steps:
+            raise PromotionRefusedError(
+                f"version {version.version} has no model that a run logged, so there is no paired gain"
             )
-        model = outputs[-1]
+        return cls._of(client, run, model_id, steps[model_id])
+
+    @classmethod
+    def _of(cls, client: "MlflowClient", run: "Run", model_id: str, step: int) -> "_Candidate":
         figures = {}
         for key, latest in run.data.metrics.items():
             if key.startswith("eval/"):
                 history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
-                # What only the last evaluation measures, as RIGA, does not depend on the step.
-                figures[key] = history.get(model.step, latest)
-        return cls(run=run, model_id=model.model_id, step=model.step, figures=figures)
+                # A metric that only the last evaluation has, as RIGA, does not depend on the step.
+                figures[key] = history.get(step, latest)
+        return cls(run=run, model_id=model_id, step=step, figures=figures)
 
 
-def paired_gains(client: Any, ours: _Candidate, theirs: _Candidate) -> list[Gain]:
-    """Of both suites.
+def paired_gains(client: "MlflowClient", ours: _Candidate, theirs: _Candidate) -> list[Gain]:
+    """The gains of `ours` over `theirs`, one for each suite.
 
     Raises:
         PromotionRefusedError: the two were not measured on the same crops.
@@ -244,8 +278,8 @@ def paired_gains(client: Any, ours: _Candidate, theirs: _Candidate) -> list[Gain
     for what in ("dataset_manifest_sha256", "protocol_sha256"):
         if our_record[what] != their_record[what]:
             raise PromotionRefusedError(
-                f"it and run {theirs.run.info.run_name} were not measured alike ({what} differs), so there is no paired "
-                "gain; train or evaluate both on the same evaluation.uri and protocol"
+                f"it and run {theirs.run.info.run_name} were measured differently ({what} differs), so there is no paired "
+                "gain; train or evaluate both with the same evaluation.uri and protocol"
             )
     protocol = build(GridAccuracyConfig, our_record["protocol"])
     return [
@@ -255,7 +289,7 @@ def paired_gains(client: Any, ours: _Candidate, theirs: _Candidate) -> list[Gain
     ]
 
 
-def _evaluation(client: Any, candidate: _Candidate) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _evaluation(client: "MlflowClient", candidate: _Candidate) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     stem = f"report/grid_accuracy_step_{candidate.step:07d}"
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -268,12 +302,12 @@ def _evaluation(client: Any, candidate: _Candidate) -> tuple[dict[str, Any], dic
         return json.loads(record.read_text()), hits_of(hits.read_bytes())
 
 
-def _register(client: Any, name: str, candidate: _Candidate, told: Mapping[str, str]) -> str:
-    """The model's version in the registry, created now or by an earlier promotion that was killed; tagged with its lineage."""
+def _register(client: "MlflowClient", name: str, candidate: _Candidate, tags: Mapping[str, str]) -> str:
+    """Register the model, unless a promotion that was killed has; tag the version with its lineage; returns its number."""
     run = candidate.run
     lineage = {key: run.data.tags[key] for key in _LINEAGE if key in run.data.tags}
     measured = {key: f"{value:.6g}" for key, value in candidate.figures.items() if _is_headline(key)}
-    tags = {**lineage, **measured, "run.name": run.info.run_name, "run.step": candidate.step, **told}
+    tags = {**lineage, **measured, "run.name": run.info.run_name, "run.step": str(candidate.step), **tags}
     return register_model(client, name, model_id=candidate.model_id, run_id=run.info.run_id, tags=tags)
 
 

@@ -5,8 +5,10 @@ loaded; nothing is pickled. It accepts any number of images of any size, as an a
 MLflow's default for torch, a traced graph, would be bound to the batch size of its example.
 """
 
+import logging
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +20,14 @@ from orchestrator.tracking.client import global_tracking_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+logger = logging.getLogger(__name__)
+
 MODEL_NAME = "model"
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "torch", "torchvision")
 
 
 def log_checkpoint(checkpoint: str, filesystem: arrow_fs.FileSystem, *, run_id: str, uri: str, step: int) -> str:
     """Log the networks of the checkpoint folder `checkpoint` as a LoggedModel of the run; returns the model's URI."""
-    import logging
-
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -80,17 +82,54 @@ def write_weights(checkpoint: str, filesystem: arrow_fs.FileSystem, target: Path
     write_checkpoint(Snapshot(meta=restored.meta, config_yaml=config, state=weights), str(target))
 
 
-def fetch_weights(run_id: str, *, client: "MlflowClient", folder: Path) -> Path | None:
-    """Download the run's newest LoggedModel below `folder`; returns its checkpoint folder, or None if there is no model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The networks of a run, downloaded from a LoggedModel."""
+
+    model_id: str
+    step: int
+    checkpoint: Path  # folder
+
+
+def fetch_weights(run_id: str, *, client: "MlflowClient", folder: Path) -> Weights | None:
+    """Download the run's newest LoggedModel below `folder`; None if there is no model.
+
+    A model whose checkpoint is damaged is skipped with a warning, and the one before it is taken.
+
+    Raises:
+        RunFailedError: the checkpoints of all models are damaged.
+    """
+    from workloads.errors import RunFailedError
+    from workloads.storage.checkpoint import CheckpointError, read_checkpoint
+
     run = client.get_run(run_id)
-    matches = client.search_logged_models(
+    models = client.search_logged_models(
         [run.info.experiment_id],
         filter_string=f"source_run_id = '{run_id}'",
         order_by=[{"field_name": "creation_timestamp", "ascending": False}],
-        max_results=1,
     )
-    # The whole model: MLflow takes a path below `models:/m-…` for a registered model's name and version.
-    return _download(matches[0].model_uri, client, folder) if matches else None
+    faults = []
+    for model in models:
+        # The whole model: MLflow takes a path below `models:/m-…` for a registered model's name and version.
+        checkpoint = _download(model.model_uri, client, folder / model.model_id)
+        try:
+            step = read_checkpoint(str(checkpoint)).meta.step
+        except CheckpointError as error:
+            faults.append(f"{model.model_id}: {str(error).replace(str(checkpoint), 'its checkpoint')}")
+            continue
+        if faults:
+            logger.warning(
+                "run %s: using the model of step %d, because newer ones are damaged (%s)",
+                run.info.run_name,
+                step,
+                "; ".join(faults),
+            )
+        return Weights(model_id=model.model_id, step=step, checkpoint=checkpoint)
+    if faults:
+        raise RunFailedError(
+            f"run {run.info.run_name}: no model of it in MLflow is complete ({'; '.join(faults)}); restore its artifacts"
+        )
+    return None
 
 
 def fetch_model(uri: str, *, client: "MlflowClient", folder: Path) -> tuple[str, Path]:
@@ -120,7 +159,7 @@ def _download(model_uri: str, client: "MlflowClient", folder: Path) -> Path:
     import mlflow
 
     target = folder / "model"
-    target.mkdir()
+    target.mkdir(parents=True)
     # `download_artifacts` has a parameter `tracking_uri`, which it does not pass on for models.
     with global_tracking_uri(client.tracking_uri):
         local = mlflow.artifacts.download_artifacts(model_uri, dst_path=str(target))

@@ -21,12 +21,12 @@ class MetricName:
         Raises:
             ValueError: it is no key of an evaluation metric.
         """
-        *groups, figure = key.split("/")
-        prefix = groups.pop(0) if groups else None
-        dataset = groups.pop(0).removeprefix(_DATASET) if groups and groups[0].startswith(_DATASET) else None
-        if prefix != _PREFIX or not figure or len(groups) > 1:
+        prefix, *parts = key.split("/")
+        dataset = parts.pop(0).removeprefix(_DATASET) if parts and parts[0].startswith(_DATASET) else None
+        if prefix != _PREFIX or not all(parts) or not parts:
             raise ValueError(f"{key}: expected eval/[on_DATASET/][GROUP/]FIGURE")
-        return cls(figure, groups[0] if groups else _PLAIN, dataset)
+        group = parts.pop(0) if len(parts) > 1 else _PLAIN
+        return cls("/".join(parts), group, dataset)
 
     def on(self, dataset: str | None) -> "MetricName":
         """The same metric, measured on the dataset with this label; None: on the run's own evaluation set."""

@@ -11,6 +11,7 @@ from workloads.metrics.names import MetricName
         ("eval/sga_p3", MetricName("sga_p3")),
         ("eval/photometric/gap_r", MetricName("gap_r", group="photometric")),
         ("eval/on_val-0123abcd/one_shot/ap50", MetricName("ap50", group="one_shot", dataset="val-0123abcd")),
+        ("eval/ap50/traffic light/n.a.", MetricName("traffic light/n.a.", group="ap50")),
         ("eval/on_val-0123abcd/sga", MetricName("sga").on("val-0123abcd")),
     ],
 )
@@ -19,7 +20,7 @@ def test_a_key_and_its_parts(key: str, parts: MetricName):
     assert str(parts.on(None)) == key.replace("on_val-0123abcd/", "")
 
 
-@pytest.mark.parametrize("key", ["train/loss", "eval", "eval/", "eval/a/b/c"])
+@pytest.mark.parametrize("key", ["train/loss", "eval", "eval/", "eval/a/", "eval/on_val"])
 def test_other_keys_are_refused(key: str):
     with pytest.raises(ValueError, match="expected eval/"):
         MetricName.parse(key)
