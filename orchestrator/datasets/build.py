@@ -20,7 +20,7 @@ import pyarrow as pa
 from orchestrator.datasets.commit import assemble, commit_manifest, delete_leftovers
 from orchestrator.datasets.layout import STATE_FOLDER, part_folder
 from orchestrator.datasets.shard_tasks import Executor, ShardTask, Tick, execute_here, execute_on_ray, ignore_progress
-from orchestrator.experiments.load import absolute_uri
+from orchestrator.experiments.load import absolute_uri, check_lasting
 from orchestrator.ray_support.errors import sentence
 from orchestrator.storage import object_store
 from orchestrator.storage.locks import hold
@@ -59,6 +59,7 @@ def build_parts(build: BuildConfig, *, progress: Progress | None = None, on_ray:
     Raises:
         DataError: the source cannot be listed or has no images, or the output cannot be written or holds another dataset.
     """
+    check_lasting("output", build.output)
     build = with_absolute_paths(build)
     with only_builder(build.output):
         listing, about = list_source(build.source)

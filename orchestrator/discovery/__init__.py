@@ -1,1 +1,1 @@
-"""Object discovery over a dataset with Ray actors."""
+"""Discovers objects in a dataset without labels, on Ray Data's actors."""

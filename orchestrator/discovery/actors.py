@@ -1,4 +1,4 @@
-"""Ray actors that each discover the objects of one part of a dataset."""
+"""Runs the parts of a discovery on Ray Data's actors (`work`, `PartActor`)."""
 
 import logging
 import os
@@ -13,12 +13,17 @@ from workloads.loops.discovery.finish import DiscoveryError
 from workloads.loops.discovery.job import Job
 from workloads.loops.discovery.worker import PartWorker
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
-"""Told (images done, images in all)."""
+"""Called with (images done, images in total)."""
 
 
 class PartActor:
-    """Ray Data's view of a worker: made once in each actor, then called with the numbers of parts."""
+    """Calls `PartWorker` for Ray Data: created once in each actor, then called with the number of one part after the other.
+
+    A fault is returned, because of a raised one Ray Data passes on only the text of the traceback.
+    """
 
     def __init__(self, job: Job, threads: int) -> None:
         import torch
@@ -26,16 +31,31 @@ class PartActor:
         from workloads.parallel.runtime import pick_device
 
         torch.set_num_threads(threads)
-        self._worker = PartWorker(job, device=pick_device())
+        self._worker: PartWorker | None = None
+        self._fault = ""
+        try:
+            self._worker = PartWorker(job, device=pick_device())
+        except Exception as error:
+            self._fault = _logged(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        began = time.time()
-        images = self._worker.run(int(row["part"]))
-        return {"images": images, "began": began, "ended": time.time()}
+        """Do the part `row["part"]`."""
+        began, images = time.time(), 0
+        if self._worker is not None:
+            try:
+                images = self._worker.run(int(row["part"]))
+            except Exception as error:
+                self._fault = _logged(error)
+        return {"images": images, "began": began, "ended": time.time(), "fault": self._fault}
+
+
+def _logged(error: Exception) -> str:
+    logger.error("a part failed", exc_info=error)  # shown with --debug
+    return sentence(error)
 
 
 def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug: bool = False) -> dict[str, float]:
-    """Have the missing parts done by Ray Data's actors; returns how fast it went.
+    """Do the missing parts on Ray Data's actors; returns speed, time to start, and number of actors, under their MLflow keys.
 
     Raises:
         DiscoveryError: a part cannot be done.
@@ -67,11 +87,15 @@ def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug:
     )
     try:
         for row in results.iter_rows():
+            if row["fault"]:
+                raise DiscoveryError(f"{row['fault']}; {_missing(job)}")
             done += row["images"]
             spans.append((row["began"], row["ended"], row["images"]))
             progress(done, job.num_images)
-    except Exception as error:
-        raise DiscoveryError(f"{_cause(error)}; {len(job.missing())} of {job.num_parts} parts are missing") from error
+    except DiscoveryError:
+        raise
+    except Exception as error:  # an actor died, and so did those that replaced it
+        raise DiscoveryError(f"{sentence(error)}; {_missing(job)}") from error
     first, last = min(span[0] for span in spans), max(span[1] for span in spans)
     images = sum(span[2] for span in spans)
     return {
@@ -81,8 +105,5 @@ def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug:
     }
 
 
-def _cause(error: BaseException) -> str:
-    """The exception that an actor raised, in one line: Ray wraps it several times."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return sentence(error)[:400]
+def _missing(job: Job) -> str:
+    return f"{len(job.missing())} of {job.num_parts} parts are missing; the same command continues"

@@ -1,55 +1,59 @@
-"""`orchestrator discover`: object discovery over a dataset on Ray Data's actors, recorded in MLflow.
+"""Runs `orchestrator discover` (`discover`): finds boxes on Ray Data's actors and records the discovery in MLflow.
 
-Each actor takes parts of the dataset; a part's file is whole or absent. An actor that dies is replaced and its part done again;
-a command that dies is given again and goes on with the parts that are missing.
+Each actor works on parts of the dataset, and the file of a part is complete or absent. The parts of an actor that dies are
+done by another one. A command that was killed or stopped is given again and continues with the parts that are missing.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 from orchestrator.discovery.actors import Progress, work
 from orchestrator.discovery.spec import DiscoverExperiment
 from orchestrator.runs.records import MetricsRecord
+from orchestrator.storage.lock import Lock
 from orchestrator.storage.locks import hold
 from orchestrator.tracking.addresses import run_address
 from orchestrator.tracking.client import quiet_mlflow
 from orchestrator.tracking.header import DatasetUse, RunHeader, header_of, prefixed
 from orchestrator.tracking.sink import MlflowSink
 from workloads.config import flatten
-from workloads.errors import ConfigError
+from workloads.errors import ConfigError, RunStoppedError
 from workloads.loops.discovery.finish import finish
 from workloads.loops.discovery.job import Job, finished_record, prepare
+from workloads.metrics.names import MetricName
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DiscoveryOutcome:
-    """Where a discovery is recorded, and what it found."""
+    """A finished discovery."""
 
-    run_id: str
+    run_id: str  # in MLflow
     address: str
-    output: str
+    output: str  # folder or URI of the boxes
     figures: Mapping[str, float]
 
 
 def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool = False) -> DiscoveryOutcome:
-    """Find boxes, measure them where objects are known, and record both; a finished discovery is only read again.
+    """Find boxes, measure them where objects are known, and record both; of a finished discovery, only read the record.
 
     Raises:
         ConfigError, DataError: the request cannot work; nothing was started.
-        DiscoveryError: it began and could not be completed; the same command continues it.
+        DiscoveryError: a part cannot be done; the same command continues.
+        RunStoppedError: the process was terminated; the same command continues.
     """
     uri = tracking_uri(experiment)
     job = prepare(experiment.science, experiment.output)
     quiet_mlflow()
-    with (
-        hold(experiment.output, what="discovering into this folder") as lock,
-        tempfile.TemporaryDirectory() as pictures,
-    ):
+    with hold(experiment.output, what="discovering into this folder") as lock:
         root = None if "://" in experiment.output else Path(experiment.output, "mlartifacts").as_uri()
         filesystem, _ = job.state
         sink = MlflowSink(
@@ -60,11 +64,23 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
             run_folder=experiment.output,
         )
         earlier = finished_record(experiment.output)
+        run_id = sink.open()
         if earlier is not None:
             progress(job.num_images, job.num_images)
-            return _outcome(experiment, sink, uri, earlier["figures"])
-        run_id = sink.open()
-        try:
+            figures = earlier["figures"]
+        else:
+            figures = _work_and_record(experiment, job, sink, lock, progress=progress, debug=debug)
+        sink.close("FINISHED")
+        assert sink.experiment_id is not None
+        address = run_address(uri, sink.experiment_id, run_id)
+        return DiscoveryOutcome(run_id=run_id, address=address, output=experiment.output, figures=figures)
+
+
+def _work_and_record(
+    experiment: DiscoverExperiment, job: Job, sink: MlflowSink, lock: Lock, *, progress: Progress, debug: bool
+) -> Mapping[str, float]:
+    try:
+        with tempfile.TemporaryDirectory() as pictures, _sigterm_exits():
             timings = work(experiment, job, progress=progress, debug=debug)
             lock.check()
             figures = finish(job, Path(pictures), timings=timings).figures
@@ -72,23 +88,35 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
             sink.write([MetricsRecord(step=0, time_ms=now, metrics=figures)])
             for folder in sorted(Path(pictures).iterdir()):
                 sink.log_folder(folder, folder.name)
-        except BaseException as error:
-            sink.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        sink.close("KILLED")
+        if isinstance(stop, KeyboardInterrupt):
             raise
-        sink.close("FINISHED")
-        assert sink.experiment_id is not None
-        address = run_address(uri, sink.experiment_id, run_id)
-        return DiscoveryOutcome(run_id=run_id, address=address, output=experiment.output, figures=figures)
+        raise RunStoppedError(
+            f"stopped on request (SIGTERM) with {len(job.missing())} of {job.num_parts} parts missing; "
+            "give the same command again to continue"
+        ) from None
+    except BaseException:
+        sink.close("FAILED")
+        raise
+    return figures
 
 
-def _outcome(
-    experiment: DiscoverExperiment, sink: MlflowSink, uri: str, figures: Mapping[str, float]
-) -> DiscoveryOutcome:
-    run_id = sink.open()
-    sink.close("FINISHED")
-    assert sink.experiment_id is not None
-    address = run_address(uri, sink.experiment_id, run_id)
-    return DiscoveryOutcome(run_id=run_id, address=address, output=experiment.output, figures=figures)
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM, as Ray's own handler does once Ray has started; the old handler is back afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def tracking_uri(experiment: DiscoverExperiment) -> str:
@@ -101,7 +129,9 @@ def tracking_uri(experiment: DiscoverExperiment) -> str:
     if uri:
         return uri
     if "://" in experiment.output:
-        raise ConfigError(f"tracking.uri: needed, because {experiment.output} cannot hold an SQLite file")
+        raise ConfigError(
+            f"tracking.uri: needed, because {experiment.output} cannot hold an SQLite file; or set MLFLOW_TRACKING_URI"
+        )
     folder = Path(experiment.output).parent
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder}/mlflow.db"
@@ -126,19 +156,19 @@ def table(figures: Mapping[str, float], methods: Sequence[str]) -> list[str]:
     """Lines of a table: CorLoc and class-agnostic AP50 of each method with 95 % intervals, and the gain over the centre box."""
     lines = [f"{'method':<14} {'CorLoc':>8}  {'95 %':<14} {'− centre, paired':<22} {'AP50':>7}  {'95 %':<12}"]
     for method in methods:
-        mine = {k.removeprefix(f"eval/{method}/"): v for k, v in figures.items() if k.startswith(f"eval/{method}/")}
-        if "corloc" not in mine:
+
+        def percent(figure: str, of: str = method) -> float | None:
+            value = figures.get(str(MetricName(figure, group=of)))
+            return None if value is None else 100 * value
+
+        corloc = percent("corloc")
+        if corloc is None:
             continue
-        percent = {name: 100 * value for name, value in mine.items()}
-        between = f"[{percent['corloc_low']:.1f}, {percent['corloc_high']:.1f}]"
-        gain = ""
-        if "gain_over_centre" in percent:
-            low, high = percent["gain_over_centre_low"], percent["gain_over_centre_high"]
-            gain = f"{percent['gain_over_centre']:+.1f} [{low:+.1f}, {high:+.1f}]"
-        ap = (
-            f"{percent['ap50']:7.2f}  [{percent['ap50_low']:.2f}, {percent['ap50_high']:.2f}]"
-            if "ap50" in percent
-            else ""
-        )
-        lines.append(f"{method:<14} {percent['corloc']:6.1f} %  {between:<14} {gain:<22} {ap}")
+        between = f"[{percent('corloc_low'):.1f}, {percent('corloc_high'):.1f}]"
+        gain = ap50 = ""
+        if (value := percent("gain_over_centre")) is not None:
+            gain = f"{value:+.1f} [{percent('gain_over_centre_low'):+.1f}, {percent('gain_over_centre_high'):+.1f}]"
+        if (value := percent("ap50")) is not None:
+            ap50 = f"{value:7.2f}  [{percent('ap50_low'):.2f}, {percent('ap50_high'):.2f}]"
+        lines.append(f"{method:<14} {corloc:6.1f} %  {between:<14} {gain:<22} {ap50}")
     return lines if len(lines) > 1 else ["no image has a known object, so nothing was measured"]

@@ -66,7 +66,7 @@ def tune_trials(
     Raises:
         SweepStoppedError: a trial is unfinished, because the sweep was stopped on request.
     """
-    tuner = _restored(stage, run, debug=debug) or _fresh(stage, points, run, record=record, debug=debug)
+    tuner = restored(stage, run, debug=debug) or _fresh(stage, points, run, record=record, debug=debug)
     results = _results(stage, run, tuner.fit())
     for result in results:
         record.close_trial(result, stage)
@@ -85,7 +85,7 @@ def _trainable(stage: Stage, *, debug: bool) -> Any:
     return tune.with_resources(tune.with_parameters(run_trial, stage=stage, debug=debug), resources)
 
 
-def _restored(stage: Stage, run: Run, *, debug: bool) -> tune.Tuner | None:
+def restored(stage: Stage, run: Run, *, debug: bool) -> tune.Tuner | None:
     """The tuner that an earlier driver left; None if there is none, or its state was cut by a kill."""
     folder, filesystem = _folder(stage, run), run.filesystem
     if not tune.Tuner.can_restore(folder, storage_filesystem=filesystem):

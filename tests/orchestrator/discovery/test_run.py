@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -35,16 +39,29 @@ def mlflow_runs(database: Path) -> list[object]:
     return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
 
 
-def test_killed_in_the_middle_and_given_again(
-    coco: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """Ray of this process, started by the first discovery that needs it."""
+    environment = dict(os.environ)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    ray.shutdown()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def parts_in(output: Path) -> list[Path]:
+    return list(output.glob("_parts/*/part-*.parquet"))
+
+
+def test_killed_then_terminated_then_completed(
+    coco: dict[str, str], tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "runs" / "found"
     arguments = ["discover", f"uri={coco['train']}", f"output={output}", "methods=[lost, centre]", *COMMON]
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    command = [sys.executable, "-m", "orchestrator", *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "orchestrator", *arguments], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(done := list(output.glob("_parts/*/part-*.parquet"))) < 2 and process.poll() is None:
+    while len(done := parts_in(output)) < 2 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -53,20 +70,27 @@ def test_killed_in_the_middle_and_given_again(
     for child in children:  # Ray's own processes, which would end a little later by themselves
         if child.is_running():
             child.kill()
-    finished = {path.name: path.stat().st_mtime_ns for path in output.glob("_parts/*/part-*.parquet")}
-    assert done and not (output / "figures.json").exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in parts_in(output)}
+    assert done and len(finished) < 8 and not (output / "figures.json").exists()
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    try:
-        assert run([*arguments, "scaling.num_workers=2"]) == 0
-    finally:
-        ray.shutdown()
-    told = capsys.readouterr().out
-    assert "CorLoc" in told and "eval/corloc" in told.splitlines()[-1]
+    def terminate() -> None:
+        while len(parts_in(output)) == len(finished):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    assert run(arguments) == 1
+    assert re.search(r"stopped on request \(SIGTERM\) with \d+ of 8 parts missing", capsys.readouterr().err)
+    (stopped,) = mlflow_runs(tmp_path / "runs" / "mlflow.db")
+    assert stopped.info.status == "KILLED" and not (output / "figures.json").exists()
+
+    assert run([*arguments, "scaling.num_workers=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "CorLoc" in shown and "eval/corloc" in shown.splitlines()[-1]
     table = pq.read_table(output / "lost" / "boxes.parquet")
     assert sorted(table["image_id"].to_pylist()) == sorted(read_annotations(open_dataset(coco["train"])))
     record = json.loads((output / "figures.json").read_text())
-    assert record["figures"]["discover/images"] == 16 and len(finished) < 8
+    assert record["figures"]["discover/images"] == 16
 
     runs = mlflow_runs(tmp_path / "runs" / "mlflow.db")
     assert len(runs) == 1 and runs[0].info.status == "FINISHED"
@@ -76,8 +100,23 @@ def test_killed_in_the_middle_and_given_again(
     artifacts = Path(runs[0].info.artifact_uri.removeprefix("file://"))
     assert (artifacts / "gallery" / "boxes.png").is_file()
 
-    third = run([*arguments])  # finished: only read again
-    assert third == 0 and len(mlflow_runs(tmp_path / "runs" / "mlflow.db")) == 1
+    assert run(arguments) == 0  # finished: only read again
+    assert len(mlflow_runs(tmp_path / "runs" / "mlflow.db")) == 1
+
+
+def test_a_fault_in_an_actor_is_one_sentence(
+    coco: dict[str, str], tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(coco["train"], tmp_path / "shards")
+    (shard,) = (tmp_path / "shards").glob("shard-*.parquet")
+    data = bytearray(shard.read_bytes())
+    data[1000:2000] = bytes(1000)
+    shard.write_bytes(data)
+    arguments = ["discover", f"uri={tmp_path}/shards", f"output={tmp_path}/runs/found", "methods=[centre]", *COMMON]
+    assert run(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(shard) in said and "Traceback" not in said
+    assert re.search(r"; \d of 8 parts are missing; the same command continues$", said.strip())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,15 @@ from typing import Any
 import pytest
 import ray
 from mlflow import MlflowClient
+from pyarrow.fs import LocalFileSystem
 
 from orchestrator.cli.app import run
 from orchestrator.experiments.load import load_experiment, load_sweep
 from orchestrator.results.promote import Gate, parse_gate
+from orchestrator.runs.identity import Run
 from orchestrator.sweeps.checks import check_sweep
 from orchestrator.sweeps.stages import search_stage
-from orchestrator.sweeps.tuning import make_optuna
+from orchestrator.sweeps.tuning import make_optuna, restored
 from tests.orchestrator.conftest import write_experiment
 from workloads.errors import ConfigError
 
@@ -52,10 +55,10 @@ def write_sweep(folder: Path, datasets: dict[str, str]) -> Path:
     return path
 
 
-def journals(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Trial's run → its records, of those that have any."""
-    found = sorted((folder / "runs").glob("tiny-sweep-*-*/journal.jsonl"))
-    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines() if line] for path in found}
+def journals(folder: Path, *, name: str = "tiny-sweep-*") -> dict[str, list[dict[str, Any]]]:
+    """Run of a trial → its records."""
+    paths = sorted((folder / "runs").glob(f"{name}-*/journal.jsonl"))
+    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines() if line] for path in paths}
 
 
 def until(condition, timeout_s: float = 240.0) -> None:
@@ -248,6 +251,27 @@ def test_promotion_needs_its_gates_and_a_gain_and_can_be_taken_back(swept: Swept
     assert "has no model" in capsys.readouterr().err
     assert run(["promote", "--rollback", "--model", "tiny", *swept.tracking]) == 2
     assert "no version had the alias before it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", [None, "tuner.pkl", "experiment_state-*.json", "basic-variant-state-*.json"])
+def test_state_of_tune_that_a_kill_has_cut_is_discarded(swept: Swept, tmp_path: Path, caplog, pattern: str | None):
+    """Its trials are then started anew, and found by their names."""
+    experiment = load_sweep(str(swept.file))
+    stage = search_stage(experiment, name=swept.parent.info.run_name, parent=None)
+    storage = {
+        "config_sha256": "",
+        "manifest_sha256": "",
+        "filesystem": LocalFileSystem(),
+        "storage_path": str(tmp_path),
+    }
+    copied = Run(name=stage.name, claim="", **storage)
+    shutil.copytree(swept.folder / "runs" / stage.name, copied.folder)
+    if pattern is not None:
+        newest = max(Path(copied.folder, "search").glob(pattern))
+        newest.write_bytes(newest.read_bytes()[:-100])
+    assert (restored(stage, copied, debug=False) is None) == (pattern is not None)
+    assert Path(copied.folder, "search").exists() == (pattern is None)
+    assert ("its trials are continued by their names" in caplog.text) == (pattern is not None)
 
 
 READER = """
