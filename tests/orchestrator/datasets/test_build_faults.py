@@ -11,12 +11,13 @@ import pytest
 
 from orchestrator.datasets import shard_tasks
 from orchestrator.datasets.build import build_dataset, with_absolute_paths
+from orchestrator.discovery.spec import load_discovery
 from tests.orchestrator.datasets.conftest import SMALL, folder_build, read_images
 from tests.places import ROOT
 from workloads.config import build
 from workloads.data.build.shards import BuildConfig
 from workloads.data.store.manifest import open_dataset
-from workloads.errors import DataError
+from workloads.errors import ConfigError, DataError
 
 
 def test_a_killed_build_shows_no_dataset_and_ends_the_same(source, tmp_path, monkeypatch):
@@ -123,6 +124,16 @@ def test_relative_paths_mean_the_folder_in_which_the_build_was_started(source, t
     moved = build_dataset(config, progress=lambda done, total: os.chdir(elsewhere))
     assert moved == whole and not list(elsewhere.iterdir())
     assert read_images(tmp_path / "out") == read_images(tmp_path / "whole")
+
+
+def test_a_relative_output_in_the_working_directory_of_a_ray_job_is_refused(source, tmp_path, monkeypatch):
+    folder = tmp_path / "working_dir_files" / "_ray_pkg_0123"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match="output: shards lies in this job's working directory"):
+        build_dataset(folder_build(source, Path("shards")))
+    with pytest.raises(ConfigError, match="output: runs/discovery lies in this job's working directory"):
+        load_discovery(["uri=shards", "methods=[centre]"])
 
 
 def test_every_path_of_a_build_becomes_absolute(tmp_path, monkeypatch):

@@ -351,7 +351,7 @@ def test_optuna_learns_and_remembers(tmp_path: Path, datasets: dict[str, str]):
         (["sweep.selection_uri={heldout}"], "this is the held-out set"),
         (["sweep.selection_uri={train}"], "these are the training images"),
         (["sweep.searcher.kind=grid"], "the grid has 8 points, more than 3 trials"),
-        (["evaluation.uri=null"], "needed to measure the winner"),
+        (["evaluation.uri=null"], "needed to compare the winner"),
         (["sweep.searcher.kind=optuna", "objective.anchor_negatives=7"], "own value 7 is not in it"),
         (["sweep.searchr.kind=grid"], "unknown key sweep.searchr"),
     ],
