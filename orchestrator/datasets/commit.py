@@ -1,4 +1,4 @@
-"""Assembles the manifest of a dataset from its written shards and commits it as the last file."""
+"""Completes a dataset: `assemble` makes the manifest of its shards, `commit_manifest` writes it as the last file."""
 
 import hashlib
 from typing import Any
@@ -30,15 +30,26 @@ def assemble(
     filesystem: pafs.FileSystem,
     root: str,
 ) -> Manifest:
+    """Write the rejects table and the row-group index of one part; returns its manifest.
+
+    Args:
+        about: what the manifest says of the source.
+        results: of every shard, by (part, index).
+
+    Raises:
+        DataError: the part has no image.
+    """
     folder = part_folder(root, part)
-    mine = [(index, results[key, index]) for key, index in sorted(results) if key == part]
-    kept = [(index, result) for index, result in mine if result.rows]
-    rejects = sorted([reject for _, result in mine for reject in result.rejects] + list(more_rejects))
+    shards = [(index, results[key, index]) for key, index in sorted(results) if key == part]
+    kept = [(index, result) for index, result in shards if result.rows]
+    rejects = sorted([reject for _, result in shards for reject in result.rejects] + list(more_rejects))
     rejects_table = pa.table([pa.array(column, pa.string()) for column in _columns(rejects)], schema=REJECTS_SCHEMA)
     rejects_entry = _write_table(rejects_table, REJECTS_NAME, filesystem, folder)
     if not kept:
         where = f"{build.output}/{part}".rstrip("/")
-        raise DataError(f"{where}: none of the {about['listed']} files listed is an image for it; see {REJECTS_NAME}")
+        raise DataError(
+            f"{where}: none of the {about['listed']} files of the source is an image of this part; see {REJECTS_NAME}"
+        )
     statistics = ImageStatistics()
     for _, result in kept:
         statistics.add(result.statistics)
@@ -83,10 +94,10 @@ def _write_table(table: pa.Table, name: str, filesystem: pafs.FileSystem, folder
 
 
 def commit_manifest(manifest: Manifest, folder: str) -> None:
-    """Put the manifest in place, last and whole: from now on there is a dataset.
+    """Write the manifest atomically, as the last file: readers see the dataset from now on.
 
     Raises:
-        DataError: on S3, somebody else has committed another dataset there in the meantime.
+        DataError: on S3, another process has committed another dataset in the meantime.
     """
     data = manifest.to_json().encode()
     if not folder.startswith("s3://"):
@@ -96,11 +107,11 @@ def commit_manifest(manifest: Manifest, folder: str) -> None:
         return
     uri = f"{folder}/{MANIFEST_NAME}"
     if not object_store.put_if_absent(uri, data) and object_store.get_object(uri) != data:
-        raise DataError(f"{uri}: somebody else has built another dataset here; give another output")
+        raise DataError(f"{uri}: another process has built another dataset here; choose another output")
 
 
 def delete_leftovers(manifest: Manifest, filesystem: pafs.FileSystem, folder: str) -> None:
-    """Remove what killed builds and a dataset that was replaced have left: files no manifest speaks of."""
+    """Delete the shards and partial files that the manifest does not list, left by killed builds or a replaced dataset."""
     listed = {shard.name for shard in manifest.shards}
     for info in filesystem.get_file_info(pafs.FileSelector(folder)):
         is_old_shard = info.base_name.startswith("shard-") and info.base_name not in listed
