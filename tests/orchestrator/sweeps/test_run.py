@@ -235,7 +235,7 @@ def test_promotion_needs_its_gates_and_a_gain_and_can_be_taken_back(swept: Swept
     assert float(version.tags["eval/sga"]) == pytest.approx(winner.data.metrics["eval/sga"], abs=1e-5)
     assert {"eval/sga_low", "eval/sga_high", "promotion.gates"} <= version.tags.keys()
     assert run(["promote", name, *swept.tracking]) == 1
-    assert "is this run's model already" in capsys.readouterr().err
+    assert "is already the model of run" in capsys.readouterr().err
 
     store = [f"tracking.uri={swept.tracking[1]}", f"storage.path={swept.folder}/runs"]
     assert run(["train", str(swept.file), "seed=7", "steps=4", "tracking.run_name=other", *store]) == 0
