@@ -19,8 +19,7 @@ from workloads.metrics.names import MetricName
 from workloads.parallel.runtime import LocalRuntime
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from orchestrator.tracking.types import MlflowClient, Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

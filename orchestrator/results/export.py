@@ -12,7 +12,7 @@ from workloads.errors import ConfigError
 from workloads.serving.export import FORMATS, Format, export_checkpoint
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from orchestrator.tracking.types import Run
 
 
 def export_run(

@@ -26,9 +26,7 @@ from workloads.evaluation.tables import hits_of
 from workloads.metrics.grid_accuracy import GridAccuracyConfig, paired_difference
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
+    from orchestrator.tracking.types import MlflowClient, ModelVersion, Run
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
