@@ -54,8 +54,16 @@ def _logged(error: Exception) -> str:
     return sentence(error)
 
 
+def start_ray(experiment: DiscoverExperiment, *, debug: bool) -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start a local Ray that has room for the actors."""
+    scaling = experiment.scaling
+    os.environ["RAY_worker_niceness"] = str(scaling.niceness)  # noqa: SIM112 - Ray's spelling
+    # One CPU more, so that Ray Data's own tasks never wait for actors.
+    connect(os.environ.get("RAY_ADDRESS"), cpus=scaling.num_workers * scaling.cpus_per_worker + 1, debug=debug)
+
+
 def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug: bool = False) -> dict[str, float]:
-    """Do the missing parts on Ray Data's actors; returns speed, time to start, and number of actors, under their MLflow keys.
+    """Do the missing parts on actors of the Ray that is connected; returns speed, start time and number of actors by MLflow key.
 
     Raises:
         DiscoveryError: a part cannot be done.
@@ -63,16 +71,13 @@ def work(experiment: DiscoverExperiment, job: Job, *, progress: Progress, debug:
     missing = job.missing()
     if not missing:
         return {}
-    scaling = experiment.scaling
-    os.environ["RAY_worker_niceness"] = str(scaling.niceness)  # noqa: SIM112 - Ray's spelling
-    # One CPU more, so that Ray Data's own tasks never wait for actors.
-    connect(os.environ.get("RAY_ADDRESS"), cpus=scaling.num_workers * scaling.cpus_per_worker + 1, debug=debug)
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller shows images, Ray would show blocks
     if not debug:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+    scaling = experiment.scaling
     actors = min(scaling.num_workers, len(missing))
     done = job.num_images - sum(job.images_in(part) for part in missing)
     began, spans = time.time(), []

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from orchestrator.discovery.actors import Progress, work
+from orchestrator.discovery.actors import Progress, start_ray, work
 from orchestrator.discovery.spec import DiscoverExperiment
 from orchestrator.runs.records import MetricsRecord
 from orchestrator.storage.lock import Lock
@@ -80,6 +80,8 @@ def _work_and_record(
     experiment: DiscoverExperiment, job: Job, sink: MlflowSink, lock: Lock, *, progress: Progress, debug: bool
 ) -> Mapping[str, float]:
     try:
+        if job.missing():
+            start_ray(experiment, debug=debug)
         with tempfile.TemporaryDirectory() as pictures, _sigterm_exits():
             timings = work(experiment, job, progress=progress, debug=debug)
             lock.check()
@@ -104,7 +106,7 @@ def _work_and_record(
 
 @contextlib.contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM, as Ray's own handler does once Ray has started; the old handler is back afterwards."""
+    """Raise SystemExit on SIGTERM. The handler that Ray has set would end Ray's processes, and with them this one, at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

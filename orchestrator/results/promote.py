@@ -140,7 +140,7 @@ def promote(
     candidate = _Candidate.newest(client, run)
     name = model or run.data.params.get("name") or run.info.run_name
     champion = version_at(client, name, alias)
-    if champion is not None and champion.model_id == candidate.model_id:
+    if champion is not None and _model_id(champion) == candidate.model_id:
         raise PromotionRefusedError(
             f"{name}@{alias} is already the model of run {run.info.run_name} (version {champion.version})"
         )
@@ -248,7 +248,7 @@ class _Candidate:
         run = client.get_run(version.run_id) if version.run_id else None
         models = run.outputs.model_outputs if run is not None and run.outputs else []
         steps = {model.model_id: model.step for model in models}
-        model_id = version.model_id or (models[-1].model_id if models else None)
+        model_id = _model_id(version)
         if run is None or model_id not in steps:
             raise PromotionRefusedError(
                 f"version {version.version} has no model that a run logged, so there is no paired gain"
@@ -264,6 +264,12 @@ class _Candidate:
                 # A metric that only the last evaluation has, as RIGA, does not depend on the step.
                 figures[key] = history.get(step, latest)
         return cls(run=run, model_id=model_id, step=step, figures=figures)
+
+
+def _model_id(version: "ModelVersion") -> str | None:
+    """The LoggedModel of a registered version; MLflow gives it in the source alone to those that look by alias."""
+    source = version.source or ""
+    return version.model_id or (source.removeprefix("models:/") if source.startswith("models:/m-") else None)
 
 
 def paired_gains(client: "MlflowClient", ours: _Candidate, theirs: _Candidate) -> list[Gain]:

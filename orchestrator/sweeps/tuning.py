@@ -109,12 +109,16 @@ def restored(stage: Stage, run: Run, *, debug: bool) -> tune.Tuner | None:
 def _is_complete(filesystem: arrow_fs.FileSystem, folder: str) -> bool:
     """Whether no file of Tune's state was cut by a kill: Tune overwrites them in place."""
     for info in filesystem.get_file_info(arrow_fs.FileSelector(folder)):
-        if info.extension == "json":
-            try:
-                json.loads(read_bytes(filesystem, info.path))
-            except ValueError:
+        if info.extension not in ("json", "pkl"):
+            continue
+        data = read_bytes(filesystem, info.path)
+        if data.startswith(pickle.PROTO):  # of a searcher, whatever the name says
+            if not data.endswith(pickle.STOP):
                 return False
-        elif info.extension == "pkl" and not read_bytes(filesystem, info.path).endswith(pickle.STOP):
+            continue
+        try:
+            json.loads(data)
+        except ValueError:
             return False
     return True
 
