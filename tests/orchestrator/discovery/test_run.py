@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,14 +72,13 @@ def test_killed_then_terminated_then_completed(
     finished = {path.name: path.stat().st_mtime_ns for path in parts_in(output)}
     assert done and len(finished) < 8 and not (output / "figures.json").exists()
 
-    def terminate() -> None:
-        while len(parts_in(output)) == len(finished):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=terminate, daemon=True).start()
-    assert run(arguments) == 1
-    assert re.search(r"stopped on request \(SIGTERM\) with \d+ of 8 parts missing", capsys.readouterr().err)
+    process = subprocess.Popen([sys.executable, "-m", "orchestrator", *arguments], stderr=subprocess.PIPE, text=True)
+    while len(parts_in(output)) == len(finished) and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, said
+    assert re.search(r"stopped on request \(SIGTERM\) with \d+ of 8 parts missing", " ".join(said.split()))
     (stopped,) = mlflow_runs(tmp_path / "runs" / "mlflow.db")
     assert stopped.info.status == "KILLED" and not (output / "figures.json").exists()
 
