@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -70,6 +70,10 @@ class Share:
     size: int  # rows of the batch; those beyond `positions` are padding
 
 
+_Planned: TypeAlias = tuple[Share, dict[int, Future[RowGroup]]]
+"""A share, and its row groups by number, being read."""
+
+
 class Pipeline:
     """Turns shares into batches, in order, a few ahead of the consumer.
 
@@ -120,7 +124,7 @@ class _Run:
             pool.shutdown(wait=True)
 
     def _batches(self) -> Iterator[ImageBatch]:
-        planned: collections.deque[Future[Any]] = collections.deque()
+        planned: collections.deque[Future[_Planned | None]] = collections.deque()
         ready: collections.deque[Future[ImageBatch | None]] = collections.deque()
         while True:
             while len(ready) <= self._config.prefetch_batches:
@@ -134,7 +138,7 @@ class _Run:
                 return
             yield batch
 
-    def _plan_next(self) -> tuple[Share, dict[int, Future[RowGroup]]] | None:
+    def _plan_next(self) -> _Planned | None:
         """Take the next share and request its row groups: its own first, then the open ones."""
         share = next(self._shares, None)
         if share is None:
@@ -148,7 +152,7 @@ class _Run:
                 fetched[group] = future
         return share, fetched
 
-    def _build(self, planned: "Future[tuple[Share, dict[int, Future[RowGroup]]] | None]") -> ImageBatch | None:
+    def _build(self, planned: Future[_Planned | None]) -> ImageBatch | None:
         share_and_groups = planned.result()
         if share_and_groups is None:
             return None

@@ -1,6 +1,7 @@
 """`read_annotations`: labels, sizes and objects of a dataset's images, without decoding any."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,21 +30,32 @@ def read_annotations(dataset: Dataset) -> dict[str, Annotations]:
         DataError: a shard cannot be read.
     """
     annotations: dict[str, Annotations] = {}
-    columns = ["image_id", "width", "height", "label", "objects"]
     for shard in range(len(dataset.manifest.shards)):
         try:
-            table = pq.read_table(dataset.shard_path(shard), filesystem=dataset.filesystem, columns=columns)
-        except (OSError, pa.ArrowException) as error:
+            annotations |= _read_shard(dataset, shard)
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:  # damaged in any of its parts
             raise damaged_shard(dataset, shard, error) from None
-        for row in table.to_pylist():
-            objects = row["objects"] or []
-            xywh = np.array([item["bbox"] for item in objects], dtype=np.float32).reshape(-1, 4)
-            annotations[row["image_id"]] = Annotations(
-                label=row["label"],
-                size_hw=(row["height"], row["width"]),
-                boxes_xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-                categories=tuple(item["category"] for item in objects),
-                crowd=np.array([item["crowd"] for item in objects], dtype=bool),
-                difficult=np.array([bool(item.get("difficult")) for item in objects], dtype=bool),
-            )
     return annotations
+
+
+def _read_shard(dataset: Dataset, shard: int) -> dict[str, Annotations]:
+    table = pq.read_table(
+        dataset.shard_path(shard),
+        filesystem=dataset.filesystem,
+        columns=["image_id", "width", "height", "label", "objects"],
+        page_checksum_verification=True,
+    )
+    return {row["image_id"]: _annotations(row) for row in table.to_pylist()}
+
+
+def _annotations(row: dict[str, Any]) -> Annotations:
+    objects = row["objects"] or []
+    xywh = np.array([item["bbox"] for item in objects], dtype=np.float32).reshape(-1, 4)
+    return Annotations(
+        label=row["label"],
+        size_hw=(row["height"], row["width"]),
+        boxes_xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        categories=tuple(item["category"] for item in objects),
+        crowd=np.array([item["crowd"] for item in objects], dtype=bool),
+        difficult=np.array([bool(item.get("difficult")) for item in objects], dtype=bool),
+    )

@@ -71,7 +71,12 @@ class RowGroupReader:
             if data is not None:
                 return self._parse(group, data)
             data, parsed = with_retries(lambda: self._fetch(group), attempts=self._attempts)
-        except (OSError, pa.ArrowException) as error:
+        except (
+            OSError,
+            pa.ArrowException,
+            KeyError,
+            ValueError,
+        ) as error:  # a footer that is damaged has other columns
             if is_outage(error):
                 raise StoreUnavailableError(str(damaged_shard(self._dataset, shard, error))) from None
             raise damaged_shard(self._dataset, shard, error) from None
