@@ -11,6 +11,7 @@ import torch
 from orchestrator.datasets.build import build_dataset
 from tests.places import SHARED_DATA
 from tests.workloads.data.images import encoded, picture
+from workloads.config import build
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import CocoSourceConfig, FolderSourceConfig
 from workloads.data.loading.loaders import EvalLoader, TrainLoader
@@ -19,7 +20,7 @@ from workloads.data.loading.sample_plan import SamplePlan
 from workloads.data.store.annotations import read_annotations
 from workloads.data.store.manifest import Dataset, open_dataset
 from workloads.data.store.row_groups import RowGroupReader
-from workloads.errors import DataError
+from workloads.errors import ConfigError, DataError
 from workloads.types import ImageBatch
 
 
@@ -213,3 +214,11 @@ def test_real_images_with_boxes(tmp_path):
         boxes = annotations.boxes_xyxy
         assert (boxes[:, 2:] >= boxes[:, :2]).all()
         assert (boxes <= np.array(annotations.size_hw * 2)[[1, 0, 1, 0]] + 1).all()
+
+
+def test_decoding_is_on_the_cpu_and_an_older_experiment_that_says_so_loads():
+    assert build(DataConfig, {"uri": "x", "decode_device": "cpu"}) == DataConfig(uri="x")
+    with pytest.raises(
+        ConfigError, match=r"data\.decode_device: is 'cuda', but images are decoded on CPU threads; remove"
+    ):
+        build(DataConfig, {"uri": "x", "decode_device": "cuda"})
