@@ -23,6 +23,7 @@ from orchestrator.datasets.shard_tasks import Executor, ShardTask, Tick, execute
 from orchestrator.experiments.load import absolute_uri, check_lasting
 from orchestrator.ray_support.errors import sentence
 from orchestrator.storage import object_store
+from orchestrator.storage.lock import Lock
 from orchestrator.storage.locks import hold
 from workloads.config import to_dict
 from workloads.data.build.shards import (
@@ -61,13 +62,13 @@ def build_parts(build: BuildConfig, *, progress: Progress | None = None, on_ray:
     """
     check_lasting("output", build.output)
     build = with_absolute_paths(build)
-    with only_builder(build.output):
+    with only_builder(build.output) as lock:
         listing, about = list_source(build.source)
         finished = _finished(build, about)
         if finished is not None:
             return finished
         try:
-            return _write_parts(build, listing, about, progress, on_ray)
+            return _write_parts(build, listing, about, lock, progress, on_ray)
         except OSError as error:
             raise DataError(
                 f"{build.output}: cannot be written ({sentence(error)}); check free space, address and credentials"
@@ -86,7 +87,7 @@ def with_absolute_paths(build: BuildConfig) -> BuildConfig:
 
 
 @contextmanager
-def only_builder(output: str) -> Iterator[None]:
+def only_builder(output: str) -> Iterator[Lock]:
     """Check that the output can be written, and keep other builds out of it while the context lasts.
 
     Raises:
@@ -95,12 +96,17 @@ def only_builder(output: str) -> Iterator[None]:
     if output.startswith("s3://"):
         object_store.preflight(output)
         object_store.abort_stale_uploads(output)
-    with hold(output, what="building this dataset"):
-        yield
+    with hold(output, what="building this dataset") as lock:
+        yield lock
 
 
 def _write_parts(
-    build: BuildConfig, listing: pa.Table, about: dict[str, Any], progress: Progress | None, on_ray: bool
+    build: BuildConfig,
+    listing: pa.Table,
+    about: dict[str, Any],
+    lock: Lock,
+    progress: Progress | None,
+    on_ray: bool,
 ) -> dict[str, Manifest]:
     listing, repeated = without_repeated_ids(listing)
     parts = split_rows(listing, val_share=build.val_share)
@@ -122,6 +128,7 @@ def _write_parts(
         part: assemble(build, part, about, results, repeated if part in ("", "train") else (), filesystem, root)
         for part in parts
     }
+    lock.check()  # another builder that has taken over commits its own
     for part, manifest in manifests.items():
         commit_manifest(manifest, f"{build.output.rstrip('/')}/{part}".rstrip("/"))
         delete_leftovers(manifest, filesystem, part_folder(root, part))
