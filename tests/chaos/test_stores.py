@@ -133,7 +133,8 @@ def test_9_a_driver_that_is_cut_off_longer_than_its_lease_gives_way_to_another(
     nodes: Nodes, bucket: str, s3_peer: S3Peer, faulty: FaultyProxy, tracking: TrackingServer, images: str,
     tmp_path: Path, undisturbed: Reference,
 ) -> None:  # fmt: skip
-    given = [*on_s3(bucket, tracking), "failure.patience_s=600"]
+    # The ledger's folder is part of the run's config, and each driver has its own.
+    given = [*on_s3(bucket, tracking), "failure.patience_s=600", "ledger=null"]
     cut_off = s3_peer.environment(endpoint=faulty.endpoint)
     first = driver_of(folder_of(tmp_path, "a"), images, nodes, *given, **cut_off).start()
     wait_step(first, 9)
