@@ -10,7 +10,7 @@ from orchestrator.experiments.load import absolute_uri, with_absolute_paths
 from orchestrator.tracking.addresses import run_address
 from orchestrator.tracking.header import dataset_label
 from orchestrator.tracking.lookup import find_run, open_tracking
-from orchestrator.tracking.model import Weights, fetch_weights
+from orchestrator.tracking.models.logged_model import Weights, fetch_weights
 from orchestrator.tracking.run_metrics import log_once
 from workloads.config import apply_overrides, build, parse_overrides, read_yaml, to_dict
 from workloads.data.store.manifest import open_dataset

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.results.evaluate import weights_of
 from orchestrator.tracking.lookup import find_run, open_tracking
-from orchestrator.tracking.model import fetch_model
+from orchestrator.tracking.models.logged_model import fetch_model
 from workloads.errors import ConfigError
 from workloads.serving.export import FORMATS, Format, export_checkpoint
 

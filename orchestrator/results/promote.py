@@ -19,7 +19,7 @@ import numpy as np
 
 from orchestrator.results.evaluate import weights_of
 from orchestrator.tracking.lookup import find_run, open_tracking
-from orchestrator.tracking.registry import register_model, version_at
+from orchestrator.tracking.models.registry import register_model, version_at
 from workloads.config import build
 from workloads.errors import ConfigError, RunFailedError
 from workloads.evaluation.tables import hits_of

@@ -24,7 +24,9 @@ def quiet_mlflow() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # MLflow reads its level once, when it is imported, which may have been before.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
 
 
 @contextlib.contextmanager

@@ -213,7 +213,7 @@ class MlflowSink:
 
     def log_model(self, checkpoint: str, *, step: int) -> str:
         """Log the checkpoint folder `checkpoint` of the run's storage as the run's LoggedModel; returns the model's URI."""
-        from orchestrator.tracking.model import log_checkpoint
+        from orchestrator.tracking.models.logged_model import log_checkpoint
 
         return log_checkpoint(checkpoint, self._filesystem, run_id=self.open(), uri=self._uri, step=step)
 

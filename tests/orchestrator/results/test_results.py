@@ -15,7 +15,7 @@ from pyarrow.fs import LocalFileSystem
 from orchestrator.cli.app import run
 from orchestrator.experiments.load import load_experiment
 from orchestrator.tracking.client import quiet_mlflow
-from orchestrator.tracking.model import log_checkpoint
+from orchestrator.tracking.models.logged_model import log_checkpoint
 from tests.orchestrator.conftest import write_experiment
 from workloads.loops.pretrain import pretrain
 from workloads.parallel.runtime import LocalRuntime

@@ -185,9 +185,9 @@ def test_the_early_stopper_knows_after_the_restart_what_ended_before_it(swept: S
 
 def test_a_trial_that_cannot_work_is_recorded_with_its_reason_and_the_sweep_goes_on(swept: Swept):
     failed = [row for row in leaderboard(swept) if row["outcome"] == "failed"]
-    assert len(failed) == 1 and "sync_batch needs the whole batch at once" in failed[0]["reason"]
+    assert len(failed) == 1 and "sync_batch normalises over all of the batch" in failed[0]["reason"]
     (found,) = [r for r in swept.stage("search") if r.info.status == "FAILED"]
-    assert "sync_batch needs the whole batch at once" in found.data.tags["run.failure"]
+    assert "sync_batch normalises over all of the batch" in found.data.tags["run.failure"]
 
 
 def test_the_parent_holds_the_result(swept: Swept):
