@@ -166,7 +166,7 @@ def process_start() -> float:
 def last_line(run_id: str, address: str, metrics: Mapping[str, float]) -> str:
     """The last line of a run's output: run id, where to look at it, headline metric."""
     if "eval/sga" in metrics:
-        headline = f"eval/sga {metrics['eval/sga']:.3f}"
+        headline = f"eval/sga {metrics['eval/sga']:.3f} (centre rule; strict {metrics.get('eval/sga_strict', float('nan')):.3f})"
         if "eval/gap_r" in metrics:
             headline += f", eval/gap_r {metrics['eval/gap_r']:.1f}"
     elif "eval/knn" in metrics:

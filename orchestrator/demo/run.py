@@ -102,6 +102,7 @@ def show_figures(metrics: Mapping[str, float], *, console: "Console") -> None:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     rows = (
         ("SGA, the trained model", "sga", "{:.1%}"),
+        ("SGA by the strict rule", "sga_strict", "{:.1%}"),
         ("RIGA, untrained networks", "riga", "{:.1%}"),
         ("GAP-R = SGA / RIGA", "gap_r", "{:.1f}"),
         ("pixel, the colour-statistics baseline", "pixel", "{:.1%}"),
