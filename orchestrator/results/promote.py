@@ -317,6 +317,9 @@ def _register(client: "MlflowClient", name: str, candidate: _Candidate, tags: Ma
 
 def _is_headline(key: str) -> bool:
     return (
-        re.fullmatch(r"eval/(photometric/)?(sga|gap_r|gain|riga)(_strict)?(_low|_high)?|eval/(photometric/)?(pixel|chance)(_strict)?", key)
+        re.fullmatch(
+            r"eval/(photometric/)?(sga|gap_r|gain|riga)(_strict)?(_low|_high)?|eval/(photometric/)?(pixel|chance)(_strict)?",
+            key,
+        )
         is not None
     )
