@@ -101,7 +101,7 @@ def _check_rows(
                     )
                 ids += table["image_id"].to_pylist()
                 _check_images(entry.name, table, decode_share, pool, report)
-    except (OSError, pa.ArrowException, IndexError) as error:
+    except (OSError, pa.ArrowException, LookupError, ValueError) as error:  # a damaged footer raises several
         report.faults.append(f"{entry.name}: cannot be read ({' '.join(str(error).split())})")
     return ids
 
