@@ -1,10 +1,10 @@
 """Measures how long a run takes to continue after a fault, phase by phase, what it loses, and what its checkpoints cost.
 
     python tests/benchmarks/recovery.py --json recovery.json [--repetitions 5] [--faults worker node shrink]
-        [--paths fast public alone] [--dataset DATASET] [--no-checkpoints]
+        [--paths fast no_standby public alone] [--dataset DATASET] [--no-checkpoints]
 
 Faults on a real cluster of two nodes on this machine, with the chaos suite's tiny run. `fast` and `public` are
-`scaling.fast_start` true and false, `alone` is Ray Train with a step that adds two numbers; they take turns, so that a change in
+`scaling.fast_start` true and false, `no_standby` is fast without standby processes, `alone` is Ray Train with a step that adds two numbers; they take turns, so that a change in
 the machine's load meets all of them. Seconds are from the kill to the end of the first step afterwards. Phases: `detect` until
 the failure is classified; `workers` until the new worker's function begins (of which `process` starting and preloading its
 process, 0 for a standby process); `imports` of the worker; `restore` of the checkpoint; `first_step`, which builds
@@ -45,7 +45,11 @@ LENGTH = 160
 IN_ITS_COURSE_S = 20.0
 ELASTIC = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.threads_per_worker=1")
 GOALS_S = {"worker": 8.0, "node": 15.0, "shrink": 6.0}
-PATHS = {"fast": "true", "public": "false"}
+PATHS = {
+    "fast": ("scaling.fast_start=true",),
+    "no_standby": ("scaling.fast_start=true", "failure.spare_processes=false"),
+    "public": ("scaling.fast_start=false",),
+}
 
 
 def main() -> None:
@@ -122,7 +126,7 @@ def recover(folder: Path, images: str, fault: str, path: str) -> dict[str, Any]:
     folder.mkdir()
     nodes = Nodes()
     try:
-        given = (f"steps={LENGTH}", f"scaling.fast_start={PATHS[path]}", *overrides)
+        given = (f"steps={LENGTH}", *PATHS[path], *overrides)
         driver = driver_of(folder, images, nodes, *given).start()
         wait_step(driver, 6)
         time.sleep(IN_ITS_COURSE_S)
