@@ -4,12 +4,12 @@
         [--paths fast no_standby public alone] [--dataset DATASET] [--no-checkpoints]
 
 Faults on a real cluster of two nodes on this machine, with the chaos suite's tiny run. `fast` and `public` are
-`scaling.fast_start` true and false, `no_standby` is fast without standby processes, `alone` is Ray Train with a step that adds two numbers; they take turns, so that a change in
-the machine's load meets all of them. Seconds are from the kill to the end of the first step afterwards. Phases: `detect` until
-the failure is classified; `workers` until the new worker's function begins (of which `process` starting and preloading its
-process, 0 for a standby process); `imports` of the worker; `restore` of the checkpoint; `first_step`, which builds
-the model. The cost of checkpoints is the share of the training time for which they held the steps up, counted inside a run of
-a ResNet-18 with a checkpoint every 50 steps.
+`scaling.fast_start` true and false, `no_standby` is fast without standby processes, `alone` is Ray Train with a step that adds
+two numbers; they take turns, so that a change in the machine's load meets all of them. Seconds are from the kill to the end of
+the first step afterwards. Phases: `detect` until the failure is classified; `workers` until the new worker's function begins
+(of which `process` starting and preloading its process, 0 for a standby process); `imports` of the worker; `restore` of the
+checkpoint; `first_step`, which builds the model. The cost of checkpoints is the share of the training time for which they held
+the steps up, counted inside a run of a ResNet-18 with a checkpoint every 50 steps.
 """
 
 import argparse
