@@ -47,8 +47,9 @@ class GridEvaluation:
         if self.runtime.rank == 0:
             with artifact_folder() as folder:
                 self._write_artifacts(folder, model, tables, figures, step)  # type: ignore[arg-type]
-        self.runtime.report(grid_accuracy.headline_figures(figures), step=step, artifacts=folder)
-        return figures
+        headline = grid_accuracy.headline_figures(figures)
+        self.runtime.report(headline, step=step, artifacts=folder)
+        return headline
 
     def _untrained(self, *, calibrated: bool = True) -> list[GridModel]:
         """Networks of the run's architecture and other seeds, in eval mode.

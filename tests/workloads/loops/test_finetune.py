@@ -261,7 +261,7 @@ def test_a_fraction_trains_on_its_images_only(coco, tmp_path):
     [
         (["data.decode_size=48"], ConfigError, r"data\.decode_size: 48 is less than views\.long_side=64"),
         (["detector.kind=mask_rcnn_fpn"], ConfigError, "masks: needed"),
-        (["masks=a.json", "boxes=b.parquet"], ConfigError, "boxes: cannot be given together"),
+        (["masks=a.json", "boxes=b.parquet"], ConfigError, "boxes: give either boxes or masks"),
         (["trunk={kind: checkpoint, uri: nowhere}"], ConfigError, r"trunk\.uri: nowhere is not a checkpoint"),
         (
             ["trunk={kind: random, backbone: {name: vit_tiny}}"],

@@ -118,7 +118,7 @@ def test_norms_that_would_make_it_another_model_are_refused():
     micro = {"data": {"uri": "x"}, "micro_batch_size": 2}
     with pytest.raises(ConfigError, match=r"micro_batch_size.*backbone\.norm=group"):
         build(PretrainConfig, micro)
-    with pytest.raises(ConfigError, match="whole batch at once"):
+    with pytest.raises(ConfigError, match="all of the batch at once"):
         build(PretrainConfig, micro | {"backbone": {"norm": "sync_batch"}})
     build(PretrainConfig, micro | {"backbone": {"norm": "group"}})
     build(PretrainConfig, micro | {"allow_local_statistics": True})
