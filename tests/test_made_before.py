@@ -396,3 +396,15 @@ def test_a_finished_run_is_known_evaluated_and_exported(expected, alone, tmp_pat
 
 def test_a_logged_model_gives_the_same_embeddings_without_this_project(expected, alone):
     agree(look_at_model(alone), expected["model"])
+
+
+def test_a_logged_model_loads_in_a_process_that_has_imported_this_project(alone: Alone) -> None:
+    """Then today's `workloads` is used, which must still be importable by the names that the model's code has."""
+    import mlflow
+
+    loaded = mlflow.pyfunc.load_model(str(alone.folder))
+    expected: Any = Predictor(alone.folder / "artifacts" / "checkpoint").predict(ramps())
+    result = loaded.predict({"images": ramps()})
+    assert result.keys() == expected.keys()
+    for level, value in expected.items():
+        np.testing.assert_array_equal(result[level], value)
