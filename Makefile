@@ -39,4 +39,4 @@ jobs: setup
 
 CHAOS ?= chaos
 chaos: setup
-	$(BIN)/python -m pytest tests/chaos -m "$(CHAOS)"
+	$(BIN)/python -m pytest tests/chaos tests/orchestrator -m "$(CHAOS)"

@@ -53,6 +53,8 @@ def parts_in(output: Path) -> list[Path]:
     return list(output.glob("_parts/*/part-*.parquet"))
 
 
+@pytest.mark.chaos
+@pytest.mark.short
 def test_killed_then_terminated_then_completed(
     coco: dict[str, str], tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

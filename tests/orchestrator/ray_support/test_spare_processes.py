@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 SCRIPT = """
     import contextlib, json, os, sys, time
     from orchestrator.ray_support.spare_processes import WORKER_ENVIRONMENT, importing, order
@@ -56,6 +58,8 @@ SCRIPT = """
 """
 
 
+@pytest.mark.chaos
+@pytest.mark.short
 def test_an_ordered_process_is_taken_by_the_actor_of_its_environment():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
