@@ -67,7 +67,8 @@ class Meter:
 
     def count_bad_rows(self) -> None:
         """Sum the rows that did not decode on any rank since the run began; every rank calls it."""
-        here = torch.tensor([self.loader.bad_rows], dtype=torch.float64)  # on the host: the device need not be waited for
+        # On the host, so that the device is not waited for.
+        here = torch.tensor([self.loader.bad_rows], dtype=torch.float64)
         self.bad_rows = self.bad_rows_before + int(sum_over_ranks(here))
 
     def window(self) -> dict[str, Tensor]:
