@@ -96,7 +96,9 @@ def sweep(
         str, typer.Argument(help="Name of an experiment with a sweep section, or path of its YAML file.")
     ],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep that was interrupted.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the sweep if it was begun before, else begin it.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Search a space of dotted keys, rank the trials by a frozen evaluation, compare the winner with the baseline configuration.

@@ -68,6 +68,7 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
         if earlier is not None:
             progress(job.num_images, job.num_images)
             figures = earlier["figures"]
+            _record(sink, figures)  # MLflow may have been away when they were found; what the run has is not sent again
         else:
             figures = _work_and_record(experiment, job, sink, lock, progress=progress, debug=debug)
         sink.close("FINISHED")
@@ -79,6 +80,12 @@ def discover(experiment: DiscoverExperiment, *, progress: Progress, debug: bool 
 def _work_and_record(
     experiment: DiscoverExperiment, job: Job, sink: MlflowSink, lock: Lock, *, progress: Progress, debug: bool
 ) -> Mapping[str, float]:
+    def end(status: str) -> None:
+        # A run whose lock was lost belongs to the process that has it now; and the reason of the end comes first.
+        if not lock.lost:
+            with contextlib.suppress(Exception):
+                sink.close(status)
+
     try:
         if job.missing():
             start_ray(experiment, debug=debug)
@@ -86,12 +93,11 @@ def _work_and_record(
             timings = work(experiment, job, progress=progress, debug=debug)
             lock.check()
             figures = finish(job, Path(pictures), timings=timings).figures
-            now = int(time.time() * 1000)
-            sink.write([MetricsRecord(step=0, time_ms=now, metrics=figures)])
+            _record(sink, figures)
             for folder in sorted(Path(pictures).iterdir()):
                 sink.log_folder(folder, folder.name)
     except (KeyboardInterrupt, SystemExit) as stop:
-        sink.close("KILLED")
+        end("KILLED")
         if isinstance(stop, KeyboardInterrupt):
             raise
         raise RunStoppedError(
@@ -99,9 +105,13 @@ def _work_and_record(
             "give the same command again to continue"
         ) from None
     except BaseException:
-        sink.close("FAILED")
+        end("FAILED")
         raise
     return figures
+
+
+def _record(sink: MlflowSink, figures: Mapping[str, float]) -> None:
+    sink.write([MetricsRecord(step=0, time_ms=int(time.time() * 1000), metrics=figures)])
 
 
 @contextlib.contextmanager

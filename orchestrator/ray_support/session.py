@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.experiments.spec import AnyExperiment, ScalingConfig, places_read
 from orchestrator.ray_support import credentials
+from orchestrator.ray_support.errors import sentence
 from orchestrator.ray_support.private import contract_fault, has_key_value_store
 from orchestrator.ray_support.spare_processes import importing, node_imports
 from workloads.errors import ConfigError, RunFailedError
@@ -169,7 +170,7 @@ def _start_local(variables: Mapping[str, str], cpus: int, options: Mapping[str, 
             if attempt == 2:
                 waited = time.monotonic() - began
                 raise RunFailedError(
-                    f"a local Ray did not start in two attempts and {waited:.0f} s ({str(error).splitlines()[0]}); "
+                    f"a local Ray did not start in two attempts and {waited:.0f} s ({sentence(error)}); "
                     "see that the machine has memory and cores to spare, or set RAY_ADDRESS to a running cluster"
                 ) from error
             logger.warning("a local Ray did not start, trying once more: %s", error)

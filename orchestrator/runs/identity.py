@@ -154,17 +154,15 @@ def claim_run(experiment: AnyExperiment, *, manifest_sha256: str) -> Run:
 
 
 def claim_sweep(experiment: SweepExperiment, name: str, *, identity: str, resume: bool) -> Run:
-    """Create the sweep, or, with `resume`, resume it if its request is the same.
+    """Create the sweep, or, with `resume`, resume it if it exists and its request is the same.
 
     Raises:
-        ConfigError: it exists and `resume` is false, or the other way round, or its request differs.
+        ConfigError: it exists and `resume` is false, or its request differs.
     """
     filesystem, path = open_storage(experiment.storage.path)
     stored = _read(filesystem, f"{path}/{name}")
     fresh = {**flatten(experiment.science), **flatten(experiment.sweep)}
     if stored is None:
-        if resume:
-            raise ConfigError(f"--resume: there is no sweep {name!r} in {experiment.storage.path}")
         stored = {
             "claim": uuid.uuid4().hex,
             "config_sha256": identity,

@@ -5,6 +5,8 @@ delivers the records to the tracking server (`runs.delivery`). A slow or dead se
 everything it missed is still in the file.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -31,7 +33,10 @@ class Journal:
     def _write(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
+            if os.write(descriptor, line) < len(line):  # the disk is full; the next record must not continue this line
+                with contextlib.suppress(OSError):
+                    os.write(descriptor, b"\n")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(descriptor)
 

@@ -107,10 +107,8 @@ class S3Lease(Lock):
         if self.lost:
             return
         try:
-            if self._generation == 1:  # no earlier holder can come back to life and write it
-                object_store.delete_object(_key(self._uri, 1), quick=True)
-            else:
-                self._write(replace(self._claim, released=True))
+            # Not deleted: a write of this process that timed out may still arrive, and must hit no successor's object.
+            self._write(replace(self._claim, released=True))
         except DataError as error:
             logger.warning("lock: not released, others wait %.0f s for it: %s", self._lease_s, error)
 

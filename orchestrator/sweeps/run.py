@@ -21,6 +21,7 @@ from orchestrator.experiments.domains import Point
 from orchestrator.experiments.sweep_spec import SweepExperiment
 from orchestrator.ray_support.session import start_ray
 from orchestrator.runs.identity import Run, claim_sweep
+from orchestrator.storage.lock import Lock
 from orchestrator.storage.locks import hold
 from orchestrator.sweeps.checks import check_sweep
 from orchestrator.sweeps.comparison import Comparison, compare
@@ -57,16 +58,17 @@ def _identity(experiment: SweepExperiment) -> str:
 
 
 def sweep(experiment: SweepExperiment, *, console: Console, resume: bool = False, debug: bool = False) -> SweepOutcome:
-    """Run a sweep to its end, or, with `resume`, continue one that was stopped.
+    """Run a sweep to its end; with `resume`, continue it if it was begun before.
 
     Raises:
         ConfigError, DataError: the request cannot work; nothing was started.
         SweepError: no trial has a score, or the sweep was stopped on request.
         ComparisonError: a final run failed; `resume` tries it again.
+        LockLostError: another driver took the sweep over.
     """
     points = check_sweep(experiment)
     name = sweep_name(experiment)
-    with _alone(f"{experiment.storage.path.rstrip('/')}/{name}", name):
+    with _alone(f"{experiment.storage.path.rstrip('/')}/{name}", name) as lock:
         run = claim_sweep(experiment, name, identity=_identity(experiment), resume=resume)
         record = SweepRecord(experiment, run)
         prepare_tune(debug=debug)
@@ -80,15 +82,16 @@ def sweep(experiment: SweepExperiment, *, console: Console, resume: bool = False
                 trials=_local_trials(experiment),
             )
             opened.result()
+        lock.on_lost(lambda: os.kill(os.getpid(), signal.SIGINT))
         try:
             with _sigterm_as_interrupt():
                 outcome = _search_and_compare(experiment, points, run, record, console=console, debug=debug)
-        except (KeyboardInterrupt, SweepStoppedError):
-            record.close("KILLED")
+        except BaseException as error:
+            if lock.lost:
+                lock.check()  # raises: the sweep's record belongs to the driver that has the lock now
+            record.close("KILLED" if isinstance(error, (KeyboardInterrupt, SweepStoppedError)) else "FAILED")
             raise
-        except BaseException:
-            record.close("FAILED")
-            raise
+        lock.check()
         record.close("FINISHED")
         return outcome
 
@@ -107,11 +110,11 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(uri: str, name: str) -> Iterator[None]:
+def _alone(uri: str, name: str) -> Iterator[Lock]:
     """Keep other drivers out of the sweep while the context lasts."""
     try:
-        with hold(uri, what=f"sweep {name!r}"):
-            yield
+        with hold(uri, what=f"sweep {name!r}") as lock:
+            yield lock
     except DataError as error:
         raise ConfigError(f"storage.path: {error}") from None
 

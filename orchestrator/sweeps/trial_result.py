@@ -17,6 +17,7 @@ from orchestrator.runs.journal_access import read_records
 from orchestrator.runs.records import FaultRecord, MetricsRecord, Record, TagsRecord
 from orchestrator.sweeps.stages import Stage, score_of
 from workloads.errors import ConfigError
+from workloads.storage.filesystems import is_outage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,5 +99,7 @@ def snapshot_trials(filesystem: arrow_fs.FileSystem, folder: str) -> list[Trial]
     """The trials in Ray Tune's newest snapshot in `folder`; empty if there is none, or it was cut by a kill."""
     try:
         return list(tune.ExperimentAnalysis(folder, storage_filesystem=filesystem).trials)
-    except Exception:  # of a cut file: whatever JSON and pickle raise
+    except Exception as error:  # of a cut file: whatever JSON and pickle raise
+        if is_outage(error):
+            raise
         return []

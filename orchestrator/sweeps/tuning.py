@@ -26,7 +26,7 @@ from orchestrator.sweeps.stopping import Deadline, EarlierTrials, make_scheduler
 from orchestrator.sweeps.trial_process import run_trial
 from orchestrator.sweeps.trial_result import TrialResult, read_result, snapshot_trials
 from workloads.errors import ConfigError, RunFailedError
-from workloads.storage.filesystems import read_bytes
+from workloads.storage.filesystems import is_outage, read_bytes
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -99,6 +99,12 @@ def restored(stage: Stage, run: Run, *, debug: bool) -> tune.Tuner | None:
                 resume_errored=stage.kind == "final",
                 storage_filesystem=filesystem,
             )
+    except OSError as error:
+        if is_outage(error):
+            raise SweepError(
+                f"{folder}: Ray Tune's state cannot be read now ({sentence(error)}); --resume continues it"
+            ) from error
+        logger.debug("%s: cannot be restored", folder, exc_info=True)
     except Exception:  # whatever a pickle of classes that have moved raises
         logger.debug("%s: cannot be restored", folder, exc_info=True)
     logger.warning("%s: the state of Ray Tune cannot be read; its trials are continued by their names", folder)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,6 @@ from orchestrator.runs.records import ArtifactsRecord, MetricsRecord, Record, Ta
 from orchestrator.tracking.addresses import TrackingError, without_secrets
 from orchestrator.tracking.client import quiet_mlflow
 from orchestrator.tracking.header import CLAIM_TAG, RunHeader, dataset_label
-from workloads.storage.filesystems import is_final
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +28,7 @@ HEADER_TAG = "run.header"
 MUST_AGREE_TOLERANCE = 1e-3  # relative above 1: with another number of threads sums are rounded differently
 _MUST_AGREE = ("train/loss", "eval/")  # timings differ between attempts, results must not
 _METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # MLflow's limits
+_MISSING = re.compile(r"HTTP status 404|NO_SUCH_KEY|RESOURCE_NOT_FOUND|Path does not exist")
 _LOCAL = arrow_fs.LocalFileSystem()
 
 
@@ -202,7 +203,7 @@ class MlflowSink:
                         source, local, source_filesystem=self._filesystem, destination_filesystem=_LOCAL
                     )
             except OSError as error:
-                if not is_final(error):
+                if not _is_missing(error):
                     raise
                 files, upload = {}, False
             if not files:  # waiting would not bring it back, and would block the records behind it
@@ -268,3 +269,8 @@ def _files_below(filesystem: arrow_fs.FileSystem, folder: str) -> Iterator[tuple
     for info in filesystem.get_file_info(arrow_fs.FileSelector(folder, recursive=True, allow_not_found=True)):
         if info.type == arrow_fs.FileType.File:
             yield info.path[len(folder) :].lstrip("/"), info.size
+
+
+def _is_missing(error: OSError) -> bool:
+    """Whether the storage answered that there is no such folder; an outage or a refusal may pass."""
+    return isinstance(error, FileNotFoundError) or _MISSING.search(str(error)) is not None

@@ -33,7 +33,7 @@ from orchestrator.tracking.header import DatasetUse, run_header
 from orchestrator.tracking.sink import MlflowSink
 from orchestrator.training import PRELOAD
 from orchestrator.training.session import Session, Stopwatch, TrainingError, TrainOutcome
-from workloads.errors import ConfigError
+from workloads.errors import ConfigError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -156,15 +156,20 @@ def _fit_and_record(session: Session) -> TrainOutcome:
     except KeyboardInterrupt:
         status = "KILLED"
         raise
-    except SystemExit:  # Tune stops a trial that has trained enough
-        status = "FINISHED"
+    except SystemExit:  # Tune stops a trial that has trained enough; elsewhere it is a signal that came early
+        status = "FINISHED" if is_trial() else "KILLED"
         raise
     finally:
         undelivered = drain.close(timeout_s=0.0 if session.lock.lost else 60.0)
         if not ended and sink.run_id is not None and not session.lock.lost:
             with contextlib.suppress(Exception):
                 sink.close(status)
-    session.lock.check()
+    try:
+        session.lock.check()
+    except StoreUnavailableError:
+        with contextlib.suppress(Exception):
+            sink.close("FAILED")  # the same command, given again, finishes it
+        raise
     if undelivered:
         raise TrainingError(
             f"run {session.run.name} is trained, but {without_secrets(session.uri)} did not take {undelivered} records "

@@ -1,6 +1,7 @@
 """The journal delivers everything once, whatever the sink does."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -210,3 +211,16 @@ def test_a_process_that_lost_its_lock_copies_and_delivers_nothing(tmp_path: Path
     journal.append(numbered(1))
     assert drain.close(timeout_s=0.0) == 1 and sink.taken == []
     assert not archive.close() and not (tmp_path / "storage").exists()
+
+
+def test_a_record_that_the_disk_takes_only_in_part_is_an_error_and_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, line: real(descriptor, line[:10]))
+        with pytest.raises(OSError, match="No space left"):
+            journal.append(metrics(1, a=1.0))
+    journal.append(metrics(2, a=2.0))
+    assert JournalReader(journal.path).read() == [metrics(2, a=2.0)]

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.runs.records import ArtifactsRecord, MetricsRecord, TagsRecord
 from orchestrator.tracking.header import DatasetUse, RunHeader
 from orchestrator.tracking.parent_run import ParentRun
-from orchestrator.tracking.sink import MlflowSink
+from orchestrator.tracking.sink import MlflowSink, _is_missing
 
 
 def metrics(step: int, **values: float) -> MetricsRecord:
@@ -145,6 +145,19 @@ def test_a_restart_uploads_no_artifacts_again_and_a_folder_that_is_gone_blocks_n
     assert second.client.get_run(second.open()).data.tags["after"] == "yes"
     files = [item.path for item in second.client.list_artifacts(second.open(), "report")]
     assert files == ["report/step_1.json", "report/step_2.json"]
+
+
+@pytest.mark.parametrize(
+    ("message", "is_gone"),
+    [
+        ("When listing objects: AWS Error ACCESS_DENIED during ListObjectsV2 operation: HTTP status 403", False),
+        ("AWS Error NETWORK_CONNECTION: curlCode: 6, Couldn't resolve host name", False),
+        ("When reading: AWS Error NO_SUCH_KEY during GetObject operation: HTTP status 404", True),
+    ],
+)
+def test_only_a_storage_that_answers_lets_an_artifact_folder_count_as_gone(message: str, is_gone: bool) -> None:
+    assert _is_missing(OSError(message)) is is_gone
+    assert _is_missing(FileNotFoundError("artifacts"))
 
 
 def test_a_child_that_was_left_incomplete_is_completed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
