@@ -329,19 +329,20 @@ def to_yaml(value: Any) -> str:
 
 def config_hash(value: Any) -> str:
     """SHA-256 (hex) of the resolved config, independent of the order of its keys; `ADDED_LATER` keys count if they were set."""
-    return hashlib.sha256(json.dumps(to_dict(_without_unset_additions(value)), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(to_dict(without_unset_additions(value)), sort_keys=True).encode()).hexdigest()
 
 
-def _without_unset_additions(value: Any) -> Any:
+def without_unset_additions(value: Any) -> Any:
+    """A config as nested dicts, without the `ADDED_LATER` keys that have their default: what its identity is made of."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         known = getattr(type(value), "__pydantic_fields__", {})
         return {
-            name: _without_unset_additions(item)
+            name: without_unset_additions(item)
             for name, item in ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
             if name not in known or ADDED_LATER not in known[name].metadata or item != known[name].get_default()
         }
     if isinstance(value, (list, tuple)):
-        return [_without_unset_additions(item) for item in value]
+        return [without_unset_additions(item) for item in value]
     if isinstance(value, dict):
-        return {key: _without_unset_additions(item) for key, item in value.items()}
+        return {key: without_unset_additions(item) for key, item in value.items()}
     return value

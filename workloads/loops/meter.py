@@ -46,7 +46,7 @@ class Meter:
 
     def restart_clock(self) -> None:
         """Start measuring images/s again."""
-        self.timed_steps = 0
+        self.timed_steps, self.held = 0, 0.0
         self.started, self.waited = time.perf_counter(), self.loader.wait_seconds
 
     @contextlib.contextmanager

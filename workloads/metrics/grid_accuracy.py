@@ -230,10 +230,9 @@ def calibrate(network: nn.Module, batches: Iterable[ImageBatch], protocol: GridA
     kept = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
+        norm.momentum = None  # the mean over all calls: a shared trunk is called twice for each batch
         norm.train()
-    for count, batch in enumerate(batches, start=1):
-        for norm in norms:
-            norm.momentum = 1 / count  # a cumulative mean
+    for batch in batches:
         views = frozen_views(batch, protocol, "plain")
         network.embed_grid(views.full[batch.valid])  # type: ignore[operator]
         network.embed_crops(views.crops[batch.valid].flatten(0, 1))  # type: ignore[operator]

@@ -64,29 +64,39 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training or world_size() == 1:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        count, mean, variance = _global_statistics(x)
+        count, mean, variance, deviation, shift = _global_statistics(x)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                momentum = 0.1 if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
+                momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked += 1
+                    if self.momentum is None:  # a cumulative mean, as torch's norms keep
+                        momentum = 1.0 / self.num_batches_tracked.float()
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
         scale = torch.rsqrt(variance + self.eps) * (1.0 if self.weight is None else self.weight)
-        centred = (x - mean[:, None, None]) * scale[:, None, None]  # not x·scale − mean·scale, which would cancel too
-        return (centred if self.bias is None else centred + self.bias[:, None, None]).to(input.dtype)
+        offset = (shift - mean) * scale  # of what is centred already: x·scale − mean·scale would cancel
+        offset = offset if self.bias is None else offset + self.bias
+        return (deviation * scale[:, None, None] + offset[:, None, None]).to(input.dtype)
 
 
-def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and pixels of all ranks' x (N, C, H, W), a scalar; their mean and biased variance, (C,), with gradient."""
+def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of all ranks' x (N, C, H, W), with gradient, and this rank's x less a constant.
+
+    Returns:
+        Rows and pixels, a scalar; mean and biased variance, (C,); x − shift; and the shift, (C,), a constant near the mean, so
+        that for the backward pass one tensor of the size of x is stored and not two.
+    """
     n = x.numel() // x.shape[1]
-    mean = x.sum((0, 2, 3)) / max(n, 1)
-    squares = (x - mean[:, None, None]).square().sum((0, 2, 3))
-    ours = torch.cat([x.new_full((1,), n), mean, squares])[None]
+    shift = x.detach().sum((0, 2, 3)) / max(n, 1)
+    deviation = x - shift[:, None, None]
+    rest = deviation.sum((0, 2, 3)) / max(n, 1)  # carries the gradient of the mean, and its rounding error
+    squares = deviation.square().sum((0, 2, 3)) - n * rest.square()
+    ours = torch.cat([x.new_full((1,), n), shift + rest, squares])[None]
     counts, means, sums = gather_rows(ours, counts=[1] * world_size()).split([1, *[x.shape[1]] * 2], dim=1)
     total = counts.sum()
     mean = (counts * means).sum(0) / total
-    return total, mean, (sums + counts * (means - mean).square()).sum(0) / total
+    return total, mean, (sums + counts * (means - mean).square()).sum(0) / total, deviation, shift
 
 
 def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:

@@ -38,6 +38,7 @@ class CheckpointStore:
     ) -> None:
         self.filesystem, self.folder = filesystem, folder.rstrip("/")
         self._keep, self._best_metric = keep, best_metric
+        self._complete: tuple[CheckpointMeta, CheckpointMeta] | None = None  # asked for last, and as it was written
 
     def path_of(self, step: int) -> str:
         """The folder of the checkpoint of `step`."""
@@ -53,9 +54,13 @@ class CheckpointStore:
         Raises:
             ConfigError: there is no room for one.
         """
-        free = self.free_bytes()
-        if free is None:
+        if self.free_bytes() is None:
             return
+        complete = set(self.steps())
+        for step in self._begun():
+            if step not in complete:  # left unfinished by a process that was killed
+                self.delete(step)
+        free = self.free_bytes() or 0
         if free < num_bytes:
             raise ConfigError(
                 f"{self.folder}: the disk has {mebibytes(free)} free, a checkpoint of this run needs "
@@ -81,7 +86,13 @@ class CheckpointStore:
         Raises:
             OSError: only the unfinished folder is lost; the call can be repeated.
         """
-        meta = write_checkpoint(snapshot, self.path_of(snapshot.meta.step), self.filesystem)
+        if self._complete is None or self._complete[0] is not snapshot.meta:  # else only the best copy has failed
+            self._complete = None
+            self._complete = (
+                snapshot.meta,
+                write_checkpoint(snapshot, self.path_of(snapshot.meta.step), self.filesystem),
+            )
+        meta = self._complete[1]
         stays = [step for step in self.steps() if step <= meta.step][-self._keep :]  # later ones were passed over
         for step in self._begun():
             if step < meta.step and step not in stays:  # older, or left unfinished by a process that was killed

@@ -108,8 +108,9 @@ class CheckpointWriter:
                 if snapshot is None:
                     return
                 self._busy = True
-            failure = self._write(snapshot)
-            del snapshot  # its copy of all weights would otherwise live until the next checkpoint
+            queued = [snapshot]
+            del snapshot  # a newer one that takes its place must free its copy of all weights
+            failure = self._write(queued)
             with self._changed:
                 self._busy = False
                 self._failure = failure
@@ -117,7 +118,8 @@ class CheckpointWriter:
                 if failure is not None:
                     return
 
-    def _write(self, snapshot: Snapshot) -> CheckpointError | None:
+    def _write(self, queued: list[Snapshot]) -> CheckpointError | None:
+        snapshot = queued.pop()  # the only reference
         deadline = time.monotonic() + self._patience_s
         for wait_s in _waits(self._first_wait_s):
             with self._changed:

@@ -228,10 +228,10 @@ def test_figures_by_hand() -> None:
     assert "eval/sga_low" in charts and "eval/gap_r_low" in charts and "eval/sga_p3" in charts
 
 
-def small_network(norm: Norm = "batch", *, center: bool = True) -> AnchorNTXent:
+def small_network(norm: Norm = "batch", *, center: bool = True, shared: bool = False) -> AnchorNTXent:
     torch.manual_seed(3)
     objective = AnchorNTXentConfig(
-        projection_dim=16, projector_hidden=16, crop_stages=("C2",), center_embeddings=center
+        projection_dim=16, projector_hidden=16, crop_stages=("C2",), center_embeddings=center, shared_trunk=shared
     )
     return AnchorNTXent(objective, BackboneConfig(norm=norm), crop_size=64, seed=0).eval()
 
@@ -252,6 +252,22 @@ def test_calibration_is_the_mean_of_the_batches_statistics() -> None:
     torch.testing.assert_close(network.trunk.body.bn1.running_var, variances)
     assert not any(module.training for module in network.modules())
     assert network.trunk.body.bn1.momentum == plain.trunk.body.bn1.momentum
+
+
+def test_calibration_of_a_shared_trunk_is_the_mean_over_full_views_and_crops() -> None:
+    batches = [batch_of(textured(2, seed)) for seed in (0, 1)]
+    network, plain = small_network(shared=True), small_network(shared=True)
+    inputs: list[torch.Tensor] = []
+    plain.trunk.body.bn1.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    calibrate(network, batches, PROTOCOL)
+    with torch.no_grad():
+        for batch in batches:
+            views = frozen_views(batch, PROTOCOL, "plain")
+            plain.embed_grid(views.full)
+            plain.embed_crops(views.crops.flatten(0, 1))
+    assert len(inputs) == 4
+    means = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+    torch.testing.assert_close(network.trunk.body.bn1.running_mean, means)
 
 
 def test_padding_does_not_change_the_calibration_and_networks_without_batch_norm_stay() -> None:

@@ -292,6 +292,26 @@ def test_a_damaged_best_checkpoint_counts_as_none(damage, tmp_path):
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["step_00000002"]
 
 
+def test_a_best_copy_that_fails_costs_no_complete_checkpoint(tmp_path, monkeypatch):
+    store = store_at(tmp_path, keep=1, best_metric="eval/sga")
+    store.write(snapshot_of(1, **{"eval/sga": 0.1}))
+    newest = snapshot_of(2, **{"eval/sga": 0.2})
+    keep_best = store._keep_best
+
+    def fails(snapshot: Snapshot) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_keep_best", fails)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            store.write(newest)
+        assert store.steps() == [2]
+    written = (tmp_path / "step_00000002" / "state.pt").stat().st_ino
+    monkeypatch.setattr(store, "_keep_best", keep_best)
+    assert store.write(newest).step == 2 and store.best()[0] == 2
+    assert (tmp_path / "step_00000002" / "state.pt").stat().st_ino == written  # not written again
+
+
 def test_a_snapshot_does_not_wait_for_the_device():
     """On the fake accelerator of `tests.workloads.copies`, which counts each copy or read that would block the step."""
     copies = pytest.importorskip("tests.workloads.copies")

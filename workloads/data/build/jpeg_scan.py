@@ -32,8 +32,13 @@ def scan_ends_early(data: bytes, image: Tensor) -> bool:
     if sound_jpeg_hw(data) is None or not any(_is_filled(corner) for corner in _corners(image.numpy())):
         return False
     end = data.rfind(END_OF_IMAGE)
-    filled = decode_with_pillow(bytearray(data[:end] + _FILLER + data[end:]))
-    return bool((filled.int() - image.int()).abs().max() >= _LEAST_DIFFERENCE)
+    try:
+        plain, filled = (decode_with_pillow(bytearray(d)) for d in (data, data[:end] + _FILLER + data[end:]))
+    except (
+        Exception
+    ):  # Pillow refuses what torchvision decodes, with nearly any exception: nothing is known of the scan
+        return False
+    return bool((filled.int() - plain.int()).abs().max() >= _LEAST_DIFFERENCE)
 
 
 def _corners(image: np.ndarray) -> list[np.ndarray]:

@@ -55,7 +55,14 @@ def _known_formats() -> tuple[str, ...]:
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where there is none, or EXIF data that cannot be read."""
     try:
-        found = image.getexif().get(EXIF_ORIENTATION, 1)
+        exif = image.getexif()
+        if image.format in (
+            "JPEG",
+            "MPO",
+        ):  # Pillow adds the orientation of XMP, which torchvision's decoder does not know
+            exif = Image.Exif()
+            exif.load(image.info.get("exif") or b"")
+        found = exif.get(EXIF_ORIENTATION, 1)
     except Exception:  # damaged EXIF data raises half a dozen kinds, and the pixels may be sound
         return 1
     return found if found in _TURNS else 1

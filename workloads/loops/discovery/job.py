@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import torch
 from pydantic import Field, PositiveInt
 
-from workloads.config import config, to_dict
+from workloads.config import config, to_dict, without_unset_additions
 from workloads.data.store.manifest import open_dataset
 from workloads.discovery.baselines import CentreConfig, ClsAttentionConfig, FelzenszwalbConfig
 from workloads.discovery.clustering import ClustersConfig
@@ -177,9 +177,8 @@ def prepare(settings: DiscoverConfig, output: str) -> Job:
         open_dataset(settings.match.uri)
     count = min(dataset.num_images, settings.limit or dataset.num_images)
     # How work is divided, and where it is done, decides no box.
-    decides = {
-        k: v for k, v in to_dict(settings).items() if k not in ("uri", "batch_size", "decode_threads", "gallery")
-    }
+    settled = to_dict(without_unset_additions(settings))
+    decides = {k: v for k, v in settled.items() if k not in ("uri", "batch_size", "decode_threads", "gallery")}
     key = {**decides, "data": dataset.manifest.sha256, "weights": _weights_digest(settings)}
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     job = Job(

@@ -1,6 +1,7 @@
 """A JPEG whose image data is cut before its end marker is found out; a complete one never is, grey corners included."""
 
 import glob
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.workloads.data.images import encoded, make_folder, picture, quarters
 from workloads.data.build.jpeg_scan import scan_ends_early
 from workloads.data.build.shards import BuildConfig
 from workloads.data.build.sources import FolderSourceConfig
-from workloads.data.loading.decode import decode_image
+from workloads.data.loading.decode import decode_image, decode_with_pillow
 
 
 def cut(jpeg: bytes, share: float) -> bytes:
@@ -68,3 +69,18 @@ def test_a_cut_scan_is_a_reject_of_the_build(tmp_path):
     build_dataset(BuildConfig(source=FolderSourceConfig(inputs=(str(folder),)), output=str(tmp_path / "shards")))
     (reject,) = pq.read_table(tmp_path / "shards" / "rejects.parquet").to_pylist()
     assert (reject["path"], reject["reason"]) == ("class_0/cut.jpg", "undecodable: the JPEG's image data ends early")
+
+
+def test_an_orientation_in_xmp_alone_ends_no_build() -> None:
+    """Pillow's `getexif` takes it, torchvision's decoder does not; such an image is upright as stored, for both."""
+    pixels = np.asarray(rough(160, 96)).copy()
+    pixels[:8, :8] = pixels[-8:, -8:] = 128  # a corner that looks like the end of a cut scan
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    jpeg = encoded(Image.fromarray(pixels), "JPEG", quality=95, subsampling=0, xmp=xmp)
+    assert Image.open(io.BytesIO(jpeg)).getexif().get(0x0112) == 6
+    assert decode_image(jpeg).shape[1:] == (96, 160)
+    assert not ends_early(jpeg)
+    assert decode_with_pillow(bytearray(jpeg)).shape[1:] == (96, 160)
