@@ -5,6 +5,7 @@ Tune's state, which trials there are and what the searcher knows, lies under `<s
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ from orchestrator.sweeps.record import SweepRecord
 from orchestrator.sweeps.stages import final_stage, search_stage
 from orchestrator.sweeps.trial_result import TrialResult
 from orchestrator.sweeps.tuning import SweepError, SweepStoppedError, prepare_tune, tune_trials
-from orchestrator.tracking.addresses import tracking_uri
+from orchestrator.tracking.addresses import tracking_uri, without_secrets
 from orchestrator.training import PRELOAD
 from workloads.config import config_hash
 from workloads.errors import ConfigError, DataError
@@ -67,6 +68,7 @@ def sweep(experiment: SweepExperiment, *, console: Console, resume: bool = False
         LockLostError: another driver took the sweep over.
     """
     points = check_sweep(experiment)
+    experiment = _with_address_in_environment(experiment)
     name = sweep_name(experiment)
     with _alone(f"{experiment.storage.path.rstrip('/')}/{name}", name) as lock:
         run = claim_sweep(experiment, name, identity=_identity(experiment), resume=resume)
@@ -94,6 +96,15 @@ def sweep(experiment: SweepExperiment, *, console: Console, resume: bool = False
         lock.check()
         record.close("FINISHED")
         return outcome
+
+
+def _with_address_in_environment(experiment: SweepExperiment) -> SweepExperiment:
+    """Move a tracking address with a password to MLFLOW_TRACKING_URI: Tune pickles the experiment into the sweep's storage."""
+    uri = experiment.tracking.uri
+    if uri is None or uri == without_secrets(uri):
+        return experiment
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    return dataclasses.replace(experiment, tracking=dataclasses.replace(experiment.tracking, uri=None))
 
 
 @contextlib.contextmanager

@@ -80,8 +80,10 @@ def ask_to_stop(key: str) -> None:
 
 
 def forget_stop(key: str) -> None:
-    """Withdraw the request, so that the run can go on."""
-    KeyValueStore().delete(f"stop/{key}")
+    """Withdraw the stop request of an earlier command, and forget its progress and warnings, so that the run can go on."""
+    store = KeyValueStore()
+    store.delete(f"stop/{key}")
+    store.delete(f"progress/{key}")
 
 
 class ProgressWatcher:

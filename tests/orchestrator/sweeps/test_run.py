@@ -19,15 +19,19 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from pyarrow.fs import LocalFileSystem
+from ray import cloudpickle
 
 from orchestrator.cli.app import run
 from orchestrator.experiments.load import load_experiment, load_sweep
 from orchestrator.results.promote import Gate, parse_gate
-from orchestrator.runs.identity import Run
+from orchestrator.runs.identity import Run, claim_sweep
 from orchestrator.sweeps.checks import check_sweep
+from orchestrator.sweeps.run import _with_address_in_environment
 from orchestrator.sweeps.stages import search_stage
 from orchestrator.sweeps.tuning import make_optuna, restored
+from orchestrator.tracking.addresses import tracking_uri
 from tests.orchestrator.conftest import write_experiment
+from workloads.config import config_hash
 from workloads.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(600)
@@ -384,3 +388,24 @@ def test_gates_are_judged():
     assert parse_gate("eval/sga >= 0.45").failure({"eval/sga": 0.45}) is None
     assert "it is 0.4400" in str(parse_gate("eval/sga > 0.44").failure({"eval/sga": 0.44}))
     assert parse_gate("train/loss < 1e1").failure({"train/loss": 3.0}) is None
+
+
+def test_a_password_in_the_tracking_address_is_not_pickled_into_the_storage(
+    datasets, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "overwritten")
+    address = "http://someone:secret-word@127.0.0.1:5000"
+    experiment = load_sweep(str(write_sweep(tmp_path, datasets)), [f"tracking.uri={address}"])
+    moved = _with_address_in_environment(experiment)
+    assert b"secret-word" in cloudpickle.dumps(experiment) and b"secret-word" not in cloudpickle.dumps(moved)
+    assert os.environ["MLFLOW_TRACKING_URI"] == address == tracking_uri(moved)
+    assert config_hash(moved.science) == config_hash(experiment.science)
+
+
+def test_a_sweep_that_is_sent_as_a_job_may_be_begun_or_continued(datasets, tmp_path):
+    """Jobs always ask to continue, because they are sent again after a fault."""
+    experiment = load_sweep(str(write_sweep(tmp_path, datasets)))
+    first = claim_sweep(experiment, "sent", identity="i", resume=True)
+    assert claim_sweep(experiment, "sent", identity="i", resume=True).claim == first.claim
+    with pytest.raises(ConfigError, match="--resume continues it"):
+        claim_sweep(experiment, "sent", identity="i", resume=False)
