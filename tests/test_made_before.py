@@ -142,7 +142,7 @@ def look_at_shards(uri: str) -> dict[str, Any]:
 
 
 def look_at_checkpoint(folder: Path) -> dict[str, Any]:
-    """What a pretraining run's checkpoint says of itself, and what its networks make of `ramps()`."""
+    """The metadata of a pretraining run's checkpoint, and the features that its networks compute from `ramps()`."""
     model, settings = load_model(folder)
     images = torch.from_numpy(ramps())
     trunk = load_resnet(CheckpointTrunkConfig(uri=str(folder)))

@@ -11,18 +11,13 @@ from packaging.version import Version
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from orchestrator.ray_support.private import cluster_versions, job_client
+from orchestrator.ray_support.private import JOB_LOGGERS, cluster_versions, job_client
 from orchestrator.tracking.addresses import without_secrets
 from workloads.errors import ConfigError, RunFailedError
 
 LEAST_RAY, LEAST_PYTHON = "2.60", "3.11"
 _TIMEOUT_S = (5.0, 30.0)  # to connect, to answer
 _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_CHATTY = (
-    "ray.dashboard.modules.dashboard_sdk",  # logs every upload
-    "ray._private.runtime_env.packaging",
-    "ray.dashboard.modules.job.sdk",  # logs the end of every log stream
-)
 
 
 class SubmitError(RunFailedError):
@@ -51,7 +46,7 @@ def connect(address: str) -> tuple[JobSubmissionClient, Cluster]:
     """
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address {address}: give the dashboard's address, as http://127.0.0.1:8265")
-    for name in _CHATTY:
+    for name in JOB_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     with _connection_errors(address):
         with _without_variables(_OVERRIDING):

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 CHECKED_WITH = "2.60"
 """The release of Ray whose private interfaces the fast paths were tested with."""
 
+JOB_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",  # logs every upload
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.job.sdk",  # logs the end of every log stream
+)
+"""Names of the loggers of Ray's job client whose messages are no news to a user."""
+
 _TIMEOUT_S = 10.0
 
 
