@@ -107,8 +107,11 @@ class S3Lease(Lock):
         if self.lost:
             return
         try:
-            # Not deleted: a write of this process that timed out may still arrive, and must hit no successor's object.
-            self._write(replace(self._claim, released=True))
+            # No earlier holder can write the first generation, and this one no longer does, unless a renewal still hangs.
+            if self._generation == 1 and not self._thread.is_alive():
+                object_store.delete_object(_key(self._uri, 1), quick=True)
+            else:
+                self._write(replace(self._claim, released=True))
         except DataError as error:
             logger.warning("lock: not released, others wait %.0f s for it: %s", self._lease_s, error)
 

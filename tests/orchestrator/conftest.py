@@ -1,5 +1,8 @@
 """A dataset and an experiment small enough that a run takes seconds."""
 
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +68,12 @@ def write_experiment(folder: Path, datasets: dict[str, str], *, workers: int) ->
     path = folder / "tiny.yaml"
     path.write_text(EXPERIMENT.format(**datasets, workers=workers, output=folder / "runs"))
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_tracking_address_left() -> Iterator[None]:
+    """Undo `mlflow.set_tracking_uri`, which is global to the process and sets a variable: the next file's tests must not log there."""
+    yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
